@@ -1,25 +1,27 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = []
+# dependencies = [
+#     "torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "ale-py==0.12.1", "tyro==1.0.17",
+#     "mujoco==4.0.0; python_version >= '3.11'", "mujoco==3.17.0; python_version < '3.11'", "tqdm==4.70.1",
+#     "box2d==2.3.10; python_version < '3.14' and platform_machine != 'aarch64'", "wandb==0.31.0",
+#     "numpy==2.4.6; python_version >= '3.11'", "numpy==2.2.6; python_version < '3.11'", "moviepy==2.2.1",
+#     "opencv-python-headless==5.0.0.93", "tensorboard==2.21.0",
+# ]
 # ///
 """Proximal Policy Optimization with the clipped objective for Atari games, in one file.
 
     python ppo_atari.py --env-id PongNoFrameskip-v4
 
-A convolutional policy that plays any game of the Arcade Learning Environment from its picture; the run is
-written to runs/NAME/.
+A convolutional policy for any game of the Arcade Learning Environment; the run is written to runs/NAME/.
 Letters: T steps of N environments make a batch of B = T·N transitions; a minibatch has M of them.
 
 [PPO]  Schulman et al. 2017, Proximal Policy Optimization Algorithms, https://arxiv.org/abs/1707.06347
 [GAE]  Schulman et al. 2016, Generalized Advantage Estimation, https://arxiv.org/abs/1506.02438
-[DQN]  Mnih et al. 2015, Human-level control through deep reinforcement learning, https://doi.org/10.1038/nature14236
+[DQN]  Mnih et al. 2015, Human-level control, https://doi.org/10.1038/nature14236
 [TIME] Pardo et al. 2018, Time Limits in Reinforcement Learning, https://arxiv.org/abs/1712.00378
-[37]   Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization,
-       https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/
+[37]   Huang et al. 2022, https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/
 """
 
-import csv
-import difflib
 import json
 import math
 import os
@@ -42,7 +44,7 @@ import tyro
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
-from torch.distributions import Categorical
+from torch.distributions import Categorical, Distribution
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -51,8 +53,9 @@ class ArgumentError(Exception):
     """Input that cannot work; main() prints it as one line and exits with status 2."""
 
 
-class TrainingDiverged(Exception):
-    """A loss or gradient became NaN or infinite; main() prints it as one line and exits with status 1."""
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ArgumentError(message)
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,13 @@ class Args:
     run_name: str | None = None  # the run is written to runs/RUN_NAME; default ENV_ID__EXP_NAME__SEED__TIME
     seed: int = 1  # seed of weights, actions, minibatches and environments
     torch_deterministic: bool = True  # only repeatable cuDNN algorithms
-    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one
-    precision: Literal["fp32", "bf16"] = "fp32"  # arithmetic of the convolutions; the rest is always float32
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto is a GPU where there is one
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the convolutional networks; all else is float32
     track: bool = False  # log to Weights & Biases as well, offline where nobody is logged in
     wandb_project_name: str = "ppo"  # project in Weights & Biases
     wandb_entity: str | None = None  # team in Weights & Biases
-    env_id: str = (
-        "PongNoFrameskip-v4"  # any Atari game: ALE/Pong-v5, PongNoFrameskip-v4, PongDeterministic-v4
-    )
-    shared_network: bool = True  # one convolutional network for policy and value, or two
+    env_id: str = "PongNoFrameskip-v4"  # any Atari game, also as PongDeterministic-v4, Pong-v4 or ALE/Pong-v5
+    shared_network: bool = True  # one convolutional network for policy and value together, or one for each
     total_timesteps: int = 10_000_000  # agent steps of the whole training, each of 4 frames
     target_return: float | None = None  # stop as solved once the mean return of 100 episodes reaches this
     learning_rate: float = 2.5e-4  # step size of Adam
@@ -86,19 +87,11 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
-    target_kl: float | None = None  # skip the remaining epochs once approx_kl of one exceeds this
+    target_kl: float | None = None  # leave out the remaining epochs once approx_kl exceeds this
 
-    @property
-    def batch_size(self) -> int:
-        return self.num_envs * self.num_steps
-
-    @property
-    def minibatch_size(self) -> int:
-        return self.batch_size // self.num_minibatches
-
-    @property
-    def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
+    batch_size = property(lambda self: self.num_envs * self.num_steps)  # B
+    minibatch_size = property(lambda self: self.batch_size // self.num_minibatches)  # M
+    num_iterations = property(lambda self: self.total_timesteps // self.batch_size)
 
     def __post_init__(self) -> None:
         counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "total_timesteps")
@@ -110,28 +103,22 @@ class Args:
             (("max_grad_norm", "target_kl"), lambda x: x > 0, "positive"),
             (("target_return",), math.isfinite, "finite"),
             (("seed",), lambda x: 0 <= x < 2**63, "between 0 and 2^63 - 1"),
-            (("run_name",), lambda x: x not in ("", "..") and x == Path(x).name, "one folder's name"),
+            (("run_name",), lambda x: x == Path(x).name != "..", "the name of one folder"),
         ):
             for name in names:
                 value = getattr(self, name)
-                flag = "--" + name.replace("_", "-")
-                require(value is None or valid(value), f"{flag} must be {rule}, not {value}")
+                message = f"--{name.replace('_', '-')} must be {rule}, not {value}"
+                require(value is None or valid(value), message)
         batch = f"--num-envs {self.num_envs} x --num-steps {self.num_steps} = {self.batch_size}"
         minibatches = f"--num-minibatches {self.num_minibatches}"
         require(self.batch_size % self.num_minibatches == 0, f"{minibatches} does not divide {batch}")
-        lone = self.norm_adv and self.minibatch_size == 1
-        require(not lone, f"{minibatches} of {batch} leaves 1 sample, too few for --norm-adv")
-        enough = self.total_timesteps >= self.batch_size
-        require(enough, f"--total-timesteps {self.total_timesteps} is less than one rollout, {batch}")
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ArgumentError(message)
+        require(self.num_iterations >= 1, f"--total-timesteps {self.total_timesteps} is less than {batch}")
+        alone = self.norm_adv and self.minibatch_size == 1
+        require(not alone, f"{minibatches} leaves 1 transition of {batch} in each, too few for --norm-adv")
 
 
 class Step(NamedTuple):
-    """What N environments return; where an episode ended, the next one has begun already."""
+    """What N environments return; where an episode ended, `obs` is the first of the next one."""
 
     obs: np.ndarray  # (N, *obs)
     rewards: np.ndarray  # (N,) float32, as the learner sees them
@@ -143,30 +130,25 @@ class Step(NamedTuple):
 class Envs:
     """N Atari games stepped together in C++ threads; all that is special about the simulator stays in here.
 
-    Observations are the last 4 pictures, each the maximum of 2 frames, grey, 84x84; games start with up to 30
-    no-ops [DQN]. Actions are held for 4 frames, also for ids without a fixed number of their own (NoFrameskip
-    promises 1, Pong-v4 a random one), otherwise for as many as the id says; sticky actions are as it says.
-    In training, rewards are reduced to their sign and a lost life is terminal to the learner, though the game
-    and its score go on.
+    Observations are the last 4 pictures, grey, 84x84, each the maximum of 2 frames; a game begins with up to
+    30 no-ops [DQN]. Sticky actions are as the id says, and so is the number of frames an action is held, but
+    4 where the id leaves that to the agent (NoFrameskip) or to chance (Pong-v4). In training, rewards become
+    their sign, and a lost life is terminal to the learner while the game and its score go on.
     """
 
     def __init__(self, args: Args, num_envs: int, seed: int, training: bool = True):
-        self.envs = AtariVectorEnv(
-            num_envs=num_envs,
-            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
-            reward_clipping=False,
-            life_loss_info=training,
-            **game_options(args.env_id),
-        )
+        options = game_options(args.env_id) | {"reward_clipping": False, "life_loss_info": training}
+        self.envs = AtariVectorEnv(num_envs=num_envs, autoreset_mode="SameStep", **options)
         self.envs.metadata = dict(self.envs.metadata)  # or the next instance would write into this one's
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
+        self.close = self.envs.close
         self.num_envs, self.training = num_envs, training
         self.seeds = np.random.SeedSequence(seed).generate_state(num_envs) % 2**31
         self.num_steps = 0  # taken in all environments together
         self.finished: list[tuple[int, float, int]] = []  # (num_steps at its end, return, length) per episode
 
-    def reset(self) -> np.ndarray:  # (N, *obs)
+    def reset(self) -> np.ndarray:  # (N, 4, 84, 84)
         self.episodic_returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=int)
         obs, infos = self.envs.reset(seed=self.seeds.astype(int))
         self.frames = infos["episode_frame_number"].copy()
@@ -184,48 +166,37 @@ class Envs:
             self.episodic_returns[i] = self.lengths[i] = 0
         self.num_steps += self.num_envs
         final_obs = infos["final_obs"] if (truncations & ~terminations).any() else None
-        rewards = np.sign(rewards) if self.training else rewards
-        return Step(obs, rewards.astype(np.float32), terminations, terminations | truncations, final_obs)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pass
-
-    def close(self) -> None:
-        self.envs.close()
+        rewards = (np.sign(rewards) if self.training else rewards).astype(np.float32)
+        return Step(obs, rewards, terminations, terminations | truncations, final_obs)
 
 
 def game_options(env_id: str) -> dict[str, object]:
     """What an id says about its game, as arguments of AtariVectorEnv."""
-    require("-ram" not in env_id, f"--env-id {env_id} shows the memory, not the picture; leave out -ram")
     gym.register_envs(ale_py)
-    spec = gym.registry.get(env_id.replace("Deterministic-", "-"))
-    if spec is None:
-        close = difflib.get_close_matches(env_id, gym.registry)
-        hint = f", did you mean {' or '.join(close)}?" if close else ""
-        raise ArgumentError(f"--env-id {env_id}: unknown environment{hint}")
-    other = "ppo_continuous.py (Box actions) or ppo_kl_penalty.py (Discrete actions)"
-    require("game" in spec.kwargs, f"--env-id {env_id} is not an Atari game, use {other}")
-    options = dict(spec.kwargs)
+    require("-ram" not in env_id, f"--env-id {env_id}: -ram ids show the memory, not the picture")
+    try:
+        options = dict(gym.spec(env_id.replace("Deterministic-", "-")).kwargs)
+    except (gym.error.Error, ImportError) as error:
+        raise ArgumentError(f"--env-id {env_id}: {str(error).splitlines()[0]}") from None
+    others = "ppo_continuous.py for Box actions or ppo_kl_penalty.py for Discrete ones"
+    require("game" in options, f"--env-id {env_id} is not an Atari game, use {others}")
     frameskip = options.pop("frameskip")
-    if "Deterministic-" in env_id:  # ale-py no longer registers these
-        frameskip = 3 if options["game"] == "space_invaders" else 4  # at 4, its shots are invisible
+    if "Deterministic-" in env_id:  # no longer registered by ale-py
+        frameskip = 3 if options["game"] == "space_invaders" else 4  # its shots blink every 4 frames
     return options | {"frameskip": frameskip if frameskip in (3, 4) else 4}
 
 
-def init(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2)) -> nn.Linear | nn.Conv2d:
+def init(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
     """Orthogonal weights and zero biases, [37]."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def nature_cnn() -> nn.Sequential:  # (M, 4, 84, 84) -> (M, 512)
+def nature_cnn(channels: int) -> nn.Sequential:  # (M, channels, 84, 84) -> (M, 512)
     """The convolutional network of [DQN]."""
     return nn.Sequential(
-        init(nn.Conv2d(4, 32, 8, stride=4)),  # (M, 32, 20, 20)
+        init(nn.Conv2d(channels, 32, 8, stride=4)),  # (M, 32, 20, 20)
         nn.ReLU(),
         init(nn.Conv2d(32, 64, 4, stride=2)),  # (M, 64, 9, 9)
         nn.ReLU(),
@@ -240,20 +211,20 @@ def nature_cnn() -> nn.Sequential:  # (M, 4, 84, 84) -> (M, 512)
 class Agent(nn.Module):
     """Policy and value function: two heads on one convolutional network, or on one each."""
 
-    def __init__(self, action_space: Discrete, shared_network: bool = True, precision: str = "fp32"):
+    def __init__(self, observation_space: Box, action_space: Discrete, shared_network=True, precision="fp32"):
         super().__init__()
         self.bf16 = precision == "bf16"
-        self.network = nature_cnn()
-        self.value_network = None if shared_network else nature_cnn()
+        self.network = nature_cnn(observation_space.shape[0])
+        self.value_network = None if shared_network else nature_cnn(observation_space.shape[0])
         self.actor = init(nn.Linear(512, int(action_space.n)), gain=0.01)  # nearly uniform at first
         self.critic = init(nn.Linear(512, 1), gain=1.0)
 
-    def forward(self, obs: Tensor) -> tuple[Categorical, Tensor]:  # uint8 (M, 4, 84, 84) -> π(·|s), V(s) (M,)
+    def forward(self, obs: Tensor) -> tuple[Categorical, Tensor]:  # uint8 (M, *obs) -> π(·|s), V(s) (M,)
         x = obs.float() / 255.0
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.network(x)
             value_hidden = hidden if self.value_network is None else self.value_network(x)
-        policy = Categorical(logits=self.actor(hidden.float()), validate_args=False)
+        policy = Categorical(logits=self.actor(hidden.float()))
         return policy, self.critic(value_hidden.float()).squeeze(-1)
 
     def value(self, obs: Tensor) -> Tensor:  # (M, *obs) -> V(s) (M,)
@@ -266,9 +237,9 @@ class Rollout(NamedTuple):
     obs: Tensor  # (T, N, *obs)
     actions: Tensor  # (T, N, *act)
     logprobs: Tensor  # (T, N) log π_old(a_t | s_t)
+    rewards: Tensor  # (T, N)
     values: Tensor  # (T, N) V(s_t)
     next_values: Tensor  # (T, N) V(s_{t+1}); of the episode's last observation where a time limit cut it
-    rewards: Tensor  # (T, N)
     terminations: Tensor  # (T, N) 1.0 where s_{t+1} is terminal: no value beyond
     dones: Tensor  # (T, N) 1.0 where the episode ended, by termination or by time limit
 
@@ -288,36 +259,23 @@ def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int) -> tu
             cut_values[t] = agent.value(torch.from_numpy(step.final_obs).to(device))
         obs = torch.from_numpy(step.obs).to(device)
     all_obs, all_actions, logprobs, values = (torch.stack(rows) for rows in zip(*acted, strict=True))
-    rewards, terminations, dones = (
-        torch.from_numpy(np.array(rows, dtype=np.float32)).to(device) for rows in zip(*followed, strict=True)
-    )
+    outcome = torch.from_numpy(np.array(followed, dtype=np.float32)).to(device)  # (T, 3, N)
+    rewards, terminations, dones = outcome.unbind(1)
     next_values = torch.cat([values[1:], agent.value(obs)[None]])
     for t, final_values in cut_values.items():  # a time limit is not the end of the task, [TIME]
         next_values[t] = torch.where(dones[t] > terminations[t], final_values, next_values[t])
-    return Rollout(all_obs, all_actions, logprobs, values, next_values, rewards, terminations, dones), obs
+    return Rollout(all_obs, all_actions, logprobs, rewards, values, next_values, terminations, dones), obs
 
 
 def compute_gae(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminations: Tensor,
-    dones: Tensor,
-    gamma: float,
-    gae_lambda: float,
+    rewards, values, next_values, terminations, dones, gamma, gae_lambda
 ) -> tuple[Tensor, Tensor]:
-    """Advantages, [GAE] eq. 16, and returns, their sum with the values. Everything (T, N)."""
+    """Advantages, [GAE] eq. 16, and returns, their sum with the values; all tensors are (T, N)."""
     deltas = rewards + gamma * next_values * (1.0 - terminations) - values
-    advantages = torch.empty_like(deltas)
-    last = torch.zeros_like(deltas[0])
+    advantages, last = torch.empty_like(deltas), torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
         advantages[t] = last = deltas[t] + gamma * gae_lambda * (1.0 - dones[t]) * last
     return advantages, advantages + values
-
-
-def normalize_advantages(advantages: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 over the minibatch, [37]; all 0 where all are equal. (M,)"""
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
 
 def policy_loss(logratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
@@ -336,24 +294,15 @@ def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip_coef: flo
     return 0.5 * error.mean()
 
 
-class Batch(NamedTuple):
-    """What the loss needs of each transition; (B, …) for a whole rollout, (M, …) for a minibatch."""
-
-    obs: Tensor
-    actions: Tensor
-    logprobs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-
-def minibatch_loss(agent: Agent, mb: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """[PPO] eq. 9, negated so that it is minimised, and what to log of it."""
-    policy, value = agent(mb.obs)
-    logratio = policy.log_prob(mb.actions) - mb.logprobs
-    advantages = normalize_advantages(mb.advantages) if args.norm_adv else mb.advantages
+def minibatch_loss(agent: Agent, minibatch: list[Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """[PPO] eq. 9, negated so that it is minimised, and what to log of it. Everything (M, …)."""
+    obs, actions, logprobs, old_values, advantages, returns = minibatch
+    policy, values = agent(obs)
+    logratio = policy.log_prob(actions) - logprobs
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # 0 where all are equal
     pg_loss = policy_loss(logratio, advantages, args.clip_coef)
-    v_loss = value_loss(value, mb.values, mb.returns, args.clip_coef if args.clip_vloss else None)
+    v_loss = value_loss(values, old_values, returns, args.clip_coef if args.clip_vloss else None)
     entropy = policy.entropy().mean()
     ratio = logratio.detach().exp()
     metrics = {
@@ -369,114 +318,99 @@ def minibatch_loss(agent: Agent, mb: Batch, args: Args) -> tuple[Tensor, dict[st
 
 def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> dict[str, float]:
     """Learn from one rollout in epochs of minibatches; returns what to log, averaged over all of them."""
-    obs, actions, logprobs, values, next_values, rewards, terminations, dones = rollout
-    advantages, returns = compute_gae(
-        rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
-    )
-    batch = Batch(*(x.flatten(0, 1) for x in (obs, actions, logprobs, values, advantages, returns)))
+    advantages, returns = compute_gae(*rollout[3:], args.gamma, args.gae_lambda)
+    obs, actions, logprobs, _, values, *_ = rollout
+    batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, values, advantages, returns)]
     history = []
     for _ in range(args.update_epochs):
         for rows in torch.randperm(args.batch_size, device=obs.device).split(args.minibatch_size):
-            loss, metrics = minibatch_loss(agent, Batch(*(x[rows] for x in batch)), args)
+            loss, metrics = minibatch_loss(agent, [x[rows] for x in batch], args)
             optimizer.zero_grad()
             loss.backward()
             metrics["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             history.append(torch.stack([metric.detach() for metric in metrics.values()]))
-        kl = torch.stack(history[-args.num_minibatches :]).mean(0)[list(metrics).index("losses/approx_kl")]
-        if args.target_kl is not None and kl > args.target_kl:
+        if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
             break
-    metrics = dict(zip(metrics, torch.stack(history).mean(0).tolist(), strict=True))
-    metrics["losses/explained_variance"] = explained_variance(batch.values, batch.returns).item()
-    return metrics | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns), (B,): 1 for a perfect critic, 0 for a constant one."""
-    return 1.0 - (returns - values).var() / returns.var().clamp(min=1e-8)
+    means = dict(zip(metrics, torch.stack(history).mean(0).tolist(), strict=True))
+    explained = 1.0 - (returns - values).var() / returns.var().clamp(min=1e-8)
+    learning_rate = optimizer.param_groups[0]["lr"]
+    return means | {"losses/explained_variance": explained.item(), "charts/learning_rate": learning_rate}
 
 
 class Logger:
     """Writes a run to runs/NAME/, to W&B with --track, and its progress to the screen."""
 
     def __init__(self, args: Args):
-        default_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
-        self.dir = Path("runs", args.run_name or default_name)
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
+        self.dir = Path("runs", args.run_name or name)
         require(not self.dir.exists(), f"--run-name {self.dir.name}: {self.dir} exists, choose another")
         self.dir.mkdir(parents=True)
         (self.dir / "args.json").write_text(json.dumps(describe_run(args), indent=2) + "\n")
-        self.csv_file = open(self.dir / "episodes.csv", "w", newline="", buffering=1)
-        self.csv = csv.writer(self.csv_file)
-        self.csv.writerow(("global_step", "wall_time", "return", "length"))
+        self.csv = open(self.dir / "episodes.csv", "w", buffering=1)
+        self.csv.write("global_step,wall_time,return,length\n")
         self.tensorboard = SummaryWriter(str(self.dir))
         self.wandb = init_wandb(args, self.dir) if args.track else None
-        self.recent: deque[float] = deque(maxlen=100)  # returns of the last episodes
-        self.step, self.start, self.last_line = 0, time.monotonic(), 0.0
+        self.returns: deque[float] = deque(maxlen=100)  # of the last episodes
+        self.status, self.start, self.printed = "no steps yet", time.monotonic(), 0.0
         print(f"training on {args.env_id}, written to {self.dir}", flush=True)
         total = args.num_iterations * args.batch_size
         self.bar = tqdm(total=total, unit=" steps", unit_scale=True, disable=None)  # only on a terminal
 
-    @property
     def mean_return(self) -> float:
-        return sum(self.recent) / len(self.recent) if self.recent else math.nan
+        return sum(self.returns) / len(self.returns) if self.returns else math.nan
 
-    def episodes(self, finished: list[tuple[int, float, int]]) -> None:
+    def solved(self, target_return: float | None) -> bool:
+        return target_return is not None and len(self.returns) == 100 and self.mean_return() >= target_return
+
+    def log_episodes(self, finished: list[tuple[int, float, int]]) -> None:
         for step, episodic_return, length in finished:
-            self.recent.append(episodic_return)
-            self.csv.writerow((step, round(time.monotonic() - self.start, 2), episodic_return, length))
-            self.scalars(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
+            self.returns.append(episodic_return)
+            self.csv.write(f"{step},{time.monotonic() - self.start:.2f},{episodic_return},{length}\n")
+            self.log(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
         finished.clear()
 
-    def iteration(self, step: int, metrics: dict[str, float]) -> None:
+    def log_iteration(self, step: int, metrics: dict[str, float]) -> None:
+        bad = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
+        if bad:
+            advice = "try a lower --learning-rate or --max-grad-norm, or fewer --update-epochs"
+            raise FloatingPointError(f"{bad} became NaN or infinite before step {step:,}; {advice}")
         seconds = time.monotonic() - self.start
-        self.scalars(step, metrics | {"charts/SPS": step / seconds})
-        self.bar.set_postfix_str(f"return {self.mean_return:.2f}", refresh=False)
-        self.bar.update(step - self.step)
-        self.step = step
-        if self.bar.disable and seconds - self.last_line > 5.0:
-            self.last_line = seconds
-            print(self.status(), flush=True)
+        self.log(step, metrics | {"charts/SPS": step / seconds})
+        self.bar.set_postfix_str(f"return {self.mean_return():.2f}", refresh=False)
+        self.bar.update(step - self.bar.n)
+        returns = f"mean return {self.mean_return():.2f} of the last {len(self.returns)} episodes"
+        self.status = f"step {step:,}: {returns}, {step / seconds:,.0f} steps/s, {seconds / 60:.1f} min"
+        if self.bar.disable and seconds - self.printed > 5.0:
+            self.printed = seconds
+            print(self.status, flush=True)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        for key, value in values.items():
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        for key, value in scalars.items():
             self.tensorboard.add_scalar(key, value, step)
         if self.wandb:
-            self.wandb.log(values | {"global_step": step})
-
-    def status(self) -> str:
-        seconds = time.monotonic() - self.start
-        speed = f"{self.step / seconds:,.0f} steps/s, {seconds / 60:.1f} min"
-        return (
-            f"step {self.step:,}: return {self.mean_return:.2f} (last {len(self.recent)} episodes), {speed}"
-        )
-
-    def solved(self, target_return: float) -> bool:
-        solved = len(self.recent) == 100 and self.mean_return >= target_return
-        if solved:
-            self.bar.write(f"solved: return {self.mean_return:.2f} over 100 episodes reaches {target_return}")
-        return solved
+            self.wandb.log(scalars | {"global_step": step})
 
     def close(self) -> None:
         self.bar.close()
-        print(self.status(), flush=True)
-        self.csv_file.close()
+        print(self.status, flush=True)
+        self.csv.close()
         self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
 
 
 def describe_run(args: Args) -> dict[str, object]:
-    """What it takes to repeat a run."""
+    """What it takes to repeat a run: arguments, versions, hardware and git commit."""
     script, packages = Path(__file__).resolve(), ("torch", "gymnasium", "ale-py", "mujoco", "numpy")
-    git = subprocess.run(["git", "-C", script.parent, "rev-parse", "HEAD"], capture_output=True, text=True)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=script.parent, capture_output=True, text=True)
     return {
         "script": script.name,
         "args": asdict(args),
         "versions": {d.name: d.version for d in distributions() if d.name in packages},
-        "hardware": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gpu": gpu},
         "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "git_commit": git.stdout.strip() or None,
     }
 
@@ -485,18 +419,11 @@ def init_wandb(args: Args, run_dir: Path):
     """A W&B run named as its folder; offline, and never a prompt, where nobody is logged in."""
     import wandb
 
-    online = os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.login(prompt=False)
-    run = wandb.init(
-        project=args.wandb_project_name,
-        entity=args.wandb_entity,
-        name=run_dir.name,
-        dir=run_dir,
-        config=asdict(args),
-        save_code=True,
-        mode=None if online else "offline",
-    )
-    if run.settings.mode == "offline":
-        print(f"W&B logs offline, upload with: wandb sync {Path(run.dir).parent}", flush=True)
+    usable = os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.login(prompt=False)
+    mode = None if usable else "offline"
+    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir, "mode": mode}
+    run = wandb.init(name=run_dir.name, config=asdict(args), save_code=True, **where)
+    run.define_metric("*", step_metric="global_step")
     return run
 
 
@@ -513,34 +440,30 @@ def train(args: Args) -> float:
     device = resolve_device(args.device)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.manual_seed(args.seed)
+    Distribution.set_default_validate_args(False)  # its checks cost as much as the distributions themselves
     with closing(Envs(args, args.num_envs, args.seed)) as envs, closing(Logger(args)) as logger:
-        agent = Agent(envs.action_space, args.shared_network, args.precision).to(device)
+        agent = Agent(envs.observation_space, envs.action_space, args.shared_network, args.precision).to(
+            device
+        )
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         obs = torch.from_numpy(envs.reset()).to(device)
         for iteration in range(args.num_iterations):
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - iteration / args.num_iterations)
             rollout, obs = collect_rollout(agent, envs, obs, args.num_steps)
-            logger.episodes(envs.finished)
+            logger.log_episodes(envs.finished)
             metrics = update(agent, optimizer, rollout, args)
-            check_finite(metrics, envs.num_steps)
-            logger.iteration(envs.num_steps, metrics)
-            if args.target_return is not None and logger.solved(args.target_return):
+            logger.log_iteration(envs.num_steps, metrics)
+            if logger.solved(args.target_return):
+                tqdm.write(f"solved: --target-return {args.target_return} reached at step {envs.num_steps:,}")
                 break
-        return logger.mean_return
-
-
-def check_finite(metrics: dict[str, float], step: int) -> None:
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        advice = "try a lower --learning-rate or --max-grad-norm, or fewer --update-epochs"
-        raise TrainingDiverged(f"{', '.join(bad)} became NaN or infinite by step {step:,}; {advice}")
+    return logger.mean_return()
 
 
 def main() -> None:
     try:
         train(tyro.cli(Args))
-    except (ArgumentError, TrainingDiverged) as error:
+    except (ArgumentError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
     except KeyboardInterrupt:
