@@ -1,0 +1,133 @@
+"""Runs the studies behind the README's results, several at a time, and keeps one small file of each run.
+
+    python benchmark/run.py mujoco --workers 2
+
+Finished runs are skipped, so the command can be repeated after an interruption. A run is written to
+runs/STUDY__ENV__SCRIPT__SEED/ like any other; its summary to benchmark/results/STUDY/ENV__SCRIPT__SEED.json.
+`python benchmark/plot.py` makes the figures and tables from the summaries.
+"""
+
+import csv
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmark" / "results"
+
+# study: (script, environment, number of seeds, flags)
+STUDIES = {
+    "mujoco": [
+        ("ppo_continuous.py", "Hopper-v5", 3, ""),
+        ("ppo_continuous.py", "Walker2d-v5", 3, ""),
+        ("ppo_continuous.py", "HalfCheetah-v5", 3, ""),
+        ("ppo_kl_penalty.py", "Hopper-v5", 3, "--total-timesteps 1000000"),
+    ],
+    "classic": [
+        ("ppo_continuous.py", "Pendulum-v1", 3, "--total-timesteps 200000"),
+        ("ppo_kl_penalty.py", "CartPole-v1", 3, "--total-timesteps 150000"),
+    ],
+    "pong": [
+        (
+            "ppo_atari.py",
+            "PongNoFrameskip-v4",
+            1,
+            "--num-minibatches 32 --update-epochs 3 --precision bf16 "
+            "--total-timesteps 2000000 --target-return 19.5",
+        ),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    study: str
+    script: str
+    env_id: str
+    seed: int
+    flags: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.env_id.replace('/', '-')}__{Path(self.script).stem}__{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        return RESULTS / self.study / f"{self.name}.json"
+
+
+def execute(run: Run) -> str | None:
+    """Trains, unless that was done before, and writes the summary; returns what went wrong, if anything."""
+    if run.result.exists():
+        return None
+    run_dir = ROOT / "runs" / f"{run.study}__{run.name}"
+    shutil.rmtree(run_dir, ignore_errors=True)  # of a run that was interrupted
+    command = f"python {run.script} --env-id {run.env_id} --seed {run.seed} {run.flags}".strip()
+    print(command, flush=True)
+    process = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:], "--run-name", run_dir.name],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+    )
+    if process.returncode:
+        return f"{command}\n{process.stderr}"
+    run.result.parent.mkdir(parents=True, exist_ok=True)
+    run.result.write_text(json.dumps(summarize(run_dir, command), indent=1) + "\n")
+    print(f"{run.result.relative_to(ROOT)} written", flush=True)
+    return None
+
+
+def summarize(run_dir: Path, command: str, points: int = 200) -> dict[str, object]:
+    """The run in short: how it was made, its last 100 episodes, and `points` points of its learning curve."""
+    with open(run_dir / "episodes.csv") as file:
+        episodes = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    returns = [episode["return"] for episode in episodes]
+    curve = []
+    for i in range(0, len(episodes), max(1, len(episodes) // points)):
+        last = returns[max(0, i - 99) : i + 1]
+        curve.append([int(episodes[i]["global_step"]), round(sum(last) / len(last), 3)])
+    return {
+        "command": command,
+        "final_mean_return": round(sum(returns[-100:]) / len(returns[-100:]), 2),
+        "episodes": len(episodes),
+        "wall_time": episodes[-1]["wall_time"],
+        **json.loads((run_dir / "args.json").read_text()),
+        "curve_columns": ["global_step", "mean return of the last 100 episodes"],
+        "curve": curve,
+    }
+
+
+def main(study: str, /, workers: int = os.cpu_count() or 1) -> None:
+    """Train every run of a study that has no result yet.
+
+    Args:
+        study: its name, or all.
+        workers: runs at a time, each with one thread.
+    """
+    if study not in (*STUDIES, "all"):
+        sys.exit(f"error: no study {study}; there are {', '.join(STUDIES)} and all")
+    names = STUDIES if study == "all" else [study]
+    runs = [
+        Run(name, script, env_id, seed, flags)
+        for name in names
+        for script, env_id, seeds, flags in STUDIES[name]
+        for seed in range(1, seeds + 1)
+    ]
+    with ThreadPoolExecutor(workers) as pool:
+        failures = [failure for failure in pool.map(execute, runs) if failure]
+    if failures:
+        sys.exit("\n".join(["these runs failed:", *failures]))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
