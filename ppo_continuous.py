@@ -164,9 +164,10 @@ class Envs:
             raise ArgumentError(f"--env-id {args.env_id}: {str(error).splitlines()[0]}{hint}") from None
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
-        floats = isinstance(self.action_space, Box) and isinstance(self.observation_space, Box)
-        problem = f"{self.action_space} actions on {self.observation_space} observations"
-        require(floats, f"--env-id {args.env_id}: {problem}; for Discrete actions use ppo_kl_penalty.py")
+        fits = isinstance(self.action_space, Box) and isinstance(self.observation_space, Box)
+        kinds = [type(space).__name__ for space in (self.action_space, self.observation_space)]
+        problem = "--env-id {} has {} actions and {} observations; for Discrete actions use ppo_kl_penalty.py"
+        require(fits, problem.format(args.env_id, *kinds))
         self.close = self.envs.close
         self.num_envs, self.training, self.gamma = num_envs, training, args.gamma
         self.seeds = np.random.SeedSequence(seed).generate_state(num_envs).tolist()

@@ -167,8 +167,10 @@ class Envs:
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
         fits = isinstance(self.action_space, Box | Discrete) and isinstance(self.observation_space, Box)
-        problem = f"{self.action_space} actions on {self.observation_space} observations"
-        require(fits, f"--env-id {args.env_id}: {problem}; no script here handles them")
+        kinds = [type(space).__name__ for space in (self.action_space, self.observation_space)]
+        problem = "--env-id {} has {} actions and {} observations; no script here handles them"
+        require(fits, problem.format(args.env_id, *kinds))
+        self.close = self.envs.close
         self.num_envs, self.training, self.gamma = num_envs, training, args.gamma
         self.seeds = np.random.SeedSequence(seed).generate_state(num_envs).tolist()
         self.return_stats = RunningMeanStd(())
