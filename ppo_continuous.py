@@ -165,9 +165,7 @@ class Envs:
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
         fits = isinstance(self.action_space, Box) and isinstance(self.observation_space, Box)
-        kinds = " actions, ".join(
-            type(space).__name__ for space in (self.action_space, self.observation_space)
-        )
+        kinds = " actions, ".join(type(s).__name__ for s in (self.action_space, self.observation_space))
         require(
             fits, f"--env-id {args.env_id}: {kinds} observations; for Discrete actions use ppo_kl_penalty.py"
         )

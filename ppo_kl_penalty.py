@@ -167,9 +167,7 @@ class Envs:
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
         fits = isinstance(self.action_space, Box | Discrete) and isinstance(self.observation_space, Box)
-        kinds = " actions, ".join(
-            type(space).__name__ for space in (self.action_space, self.observation_space)
-        )
+        kinds = " actions, ".join(type(s).__name__ for s in (self.action_space, self.observation_space))
         require(fits, f"--env-id {args.env_id}: {kinds} observations; no script here handles them")
         self.close = self.envs.close
         self.num_envs, self.training, self.gamma = num_envs, training, args.gamma
