@@ -32,7 +32,12 @@ STUDIES = {
         ("ppo_kl_penalty.py", "Hopper-v5", 3, "--total-timesteps 1000000"),
     ],
     "classic": [
-        ("ppo_continuous.py", "Pendulum-v1", 3, "--total-timesteps 200000"),
+        (
+            "ppo_continuous.py",
+            "Pendulum-v1",
+            3,
+            "--total-timesteps 200000 --gamma 0.9 --learning-rate 1e-3 --no-clip-vloss",
+        ),
         ("ppo_kl_penalty.py", "CartPole-v1", 3, "--total-timesteps 150000"),
     ],
     "pong": [
