@@ -45,8 +45,8 @@ STUDIES = {
             "ppo_atari.py",
             "PongNoFrameskip-v4",
             1,
-            "--num-minibatches 32 --update-epochs 3 --precision bf16 "
-            "--total-timesteps 2000000 --target-return 19.5",
+            "--learning-rate 5e-4 --num-minibatches 16 --precision bf16 --total-timesteps 1500000 "
+            "--target-return 19.5",
         ),
     ],
 }
