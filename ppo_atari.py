@@ -26,6 +26,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -71,7 +72,7 @@ class Args:
     wandb_entity: str | None = None  # team in Weights & Biases
     env_id: str = "PongNoFrameskip-v4"  # any Atari game, also as PongDeterministic-v4, Pong-v4 or ALE/Pong-v5
     shared_network: bool = True  # one convolutional network for policy and value together, or one for each
-    total_timesteps: int = 10_000_000  # agent steps of the whole training, each of 4 frames
+    total_timesteps: int = 10_000_000  # agent steps in all (of 4 frames), rounded down to whole rollouts
     target_return: float | None = None  # stop as solved once the mean return of 100 episodes reaches this
     learning_rate: float = 2.5e-4  # step size of Adam
     num_envs: int = 8  # N, environments stepped together
@@ -88,7 +89,6 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
     target_kl: float | None = None  # leave out the remaining epochs once approx_kl exceeds this
-
     batch_size = property(lambda self: self.num_envs * self.num_steps)  # B
     minibatch_size = property(lambda self: self.batch_size // self.num_minibatches)  # M
     num_iterations = property(lambda self: self.total_timesteps // self.batch_size)
@@ -98,17 +98,16 @@ class Args:
         coefs = ("learning_rate", "clip_coef", "ent_coef", "vf_coef")
         for names, valid, rule in (
             (counts, lambda x: x >= 1, "at least 1"),
-            (coefs, lambda x: 0 <= x < math.inf, "finite and not negative"),
+            (coefs, lambda x: 0 <= x < math.inf, "at least 0 and finite"),
             (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1, "between 0 and 1"),
             (("max_grad_norm", "target_kl"), lambda x: x > 0, "positive"),
             (("target_return",), math.isfinite, "finite"),
             (("seed",), lambda x: 0 <= x < 2**63, "between 0 and 2^63 - 1"),
-            (("run_name",), lambda x: x == Path(x).name != "..", "the name of one folder"),
+            (("run_name",), lambda x: x == Path(x).name not in ("", ".."), "the name of one folder"),
         ):
             for name in names:
-                value = getattr(self, name)
-                message = f"--{name.replace('_', '-')} must be {rule}, not {value}"
-                require(value is None or valid(value), message)
+                x = getattr(self, name)
+                require(x is None or valid(x), f"--{name.replace('_', '-')} must be {rule}, not {x!r}")
         batch = f"--num-envs {self.num_envs} x --num-steps {self.num_steps} = {self.batch_size}"
         minibatches = f"--num-minibatches {self.num_minibatches}"
         require(self.batch_size % self.num_minibatches == 0, f"{minibatches} does not divide {batch}")
@@ -158,7 +157,8 @@ class Envs:
         obs, rewards, terminations, truncations, infos = self.envs.step(actions)
         self.episodic_returns += rewards
         self.lengths += 1
-        game_over = truncations | terminations & (infos["episode_frame_number"] < self.frames)
+        # A lost life terminates as well, but only a new game counts its frames from the start again.
+        game_over = truncations | (terminations & (infos["episode_frame_number"] < self.frames))
         self.frames = infos["episode_frame_number"].copy()
         for i in np.flatnonzero(game_over).tolist():
             episode = (self.num_steps + i + 1, self.episodic_returns[i].item(), self.lengths[i].item())
@@ -174,14 +174,15 @@ def game_options(env_id: str) -> dict[str, object]:
     """What an id says about its game, as arguments of AtariVectorEnv."""
     gym.register_envs(ale_py)
     require("-ram" not in env_id, f"--env-id {env_id}: -ram ids show the memory, not the picture")
+    deterministic = env_id.endswith(("Deterministic-v0", "Deterministic-v4"))  # ale-py has dropped these ids
     try:
-        options = dict(gym.spec(env_id.replace("Deterministic-", "-")).kwargs)
-    except (gym.error.Error, ImportError) as error:
-        raise ArgumentError(f"--env-id {env_id}: {str(error).splitlines()[0]}") from None
+        options = dict(gym.spec(env_id.replace("Deterministic", "") if deterministic else env_id).kwargs)
+    except gym.error.Error as error:
+        raise ArgumentError(f"--env-id {env_id}: {error}") from None
     others = "ppo_continuous.py for Box actions or ppo_kl_penalty.py for Discrete ones"
     require("game" in options, f"--env-id {env_id} is not an Atari game, use {others}")
     frameskip = options.pop("frameskip")
-    if "Deterministic-" in env_id:  # no longer registered by ale-py
+    if deterministic:
         frameskip = 3 if options["game"] == "space_invaders" else 4  # its shots blink every 4 frames
     return options | {"frameskip": frameskip if frameskip in (3, 4) else 4}
 
@@ -267,9 +268,7 @@ def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int) -> tu
     return Rollout(all_obs, all_actions, logprobs, rewards, values, next_values, terminations, dones), obs
 
 
-def compute_gae(
-    rewards, values, next_values, terminations, dones, gamma, gae_lambda
-) -> tuple[Tensor, Tensor]:
+def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages, [GAE] eq. 16, and returns, their sum with the values; all tensors are (T, N)."""
     deltas = rewards + gamma * next_values * (1.0 - terminations) - values
     advantages, last = torch.empty_like(deltas), torch.zeros_like(deltas[0])
@@ -300,7 +299,7 @@ def minibatch_loss(agent: Agent, minibatch: list[Tensor], args: Args) -> tuple[T
     policy, values = agent(obs)
     logratio = policy.log_prob(actions) - logprobs
     if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # 0 where all are equal
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # no 0 / 0
     pg_loss = policy_loss(logratio, advantages, args.clip_coef)
     v_loss = value_loss(values, old_values, returns, args.clip_coef if args.clip_vloss else None)
     entropy = policy.entropy().mean()
@@ -318,7 +317,7 @@ def minibatch_loss(agent: Agent, minibatch: list[Tensor], args: Args) -> tuple[T
 
 def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> dict[str, float]:
     """Learn from one rollout in epochs of minibatches; returns what to log, averaged over all of them."""
-    advantages, returns = compute_gae(*rollout[3:], args.gamma, args.gae_lambda)
+    advantages, returns = compute_gae(*rollout[3:], args.gamma, args.gae_lambda)  # from the rewards on
     obs, actions, logprobs, _, values, *_ = rollout
     batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, values, advantages, returns)]
     history = []
@@ -333,7 +332,7 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, arg
         if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
             break
     means = dict(zip(metrics, torch.stack(history).mean(0).tolist(), strict=True))
-    explained = 1.0 - (returns - values).var() / returns.var().clamp(min=1e-8)
+    explained = 1.0 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
     learning_rate = optimizer.param_groups[0]["lr"]
     return means | {"losses/explained_variance": explained.item(), "charts/learning_rate": learning_rate}
 
@@ -342,10 +341,12 @@ class Logger:
     """Writes a run to runs/NAME/, to W&B with --track, and its progress to the screen."""
 
     def __init__(self, args: Args):
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
-        self.dir = Path("runs", args.run_name or name)
-        require(not self.dir.exists(), f"--run-name {self.dir.name}: {self.dir} exists, choose another")
-        self.dir.mkdir(parents=True)
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.dir = Path("runs", args.run_name or re.sub(r"[^\w.-]", "-", name))
+        try:
+            self.dir.mkdir(parents=True)
+        except OSError as error:  # above all, it exists
+            raise ArgumentError(f"--run-name {self.dir.name}: {self.dir}: {error.strerror}") from None
         (self.dir / "args.json").write_text(json.dumps(describe_run(args), indent=2) + "\n")
         self.csv = open(self.dir / "episodes.csv", "w", buffering=1)
         self.csv.write("global_step,wall_time,return,length\n")
@@ -355,7 +356,7 @@ class Logger:
         self.status, self.start, self.printed = "no steps yet", time.monotonic(), 0.0
         print(f"training on {args.env_id}, written to {self.dir}", flush=True)
         total = args.num_iterations * args.batch_size
-        self.bar = tqdm(total=total, unit=" steps", unit_scale=True, disable=None)  # only on a terminal
+        self.bar = tqdm(total=total, unit=" steps", unit_scale=True, file=sys.stdout, disable=None)  # no pipe
 
     def mean_return(self) -> float:
         return sum(self.returns) / len(self.returns) if self.returns else math.nan
@@ -403,7 +404,7 @@ class Logger:
 def describe_run(args: Args) -> dict[str, object]:
     """What it takes to repeat a run: arguments, versions, hardware and git commit."""
     script, packages = Path(__file__).resolve(), ("torch", "gymnasium", "ale-py", "mujoco", "numpy")
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=script.parent, capture_output=True, text=True)
+    status, commit = subprocess.getstatusoutput(f'git -C "{script.parent}" rev-parse --verify HEAD')
     return {
         "script": script.name,
         "args": asdict(args),
@@ -411,7 +412,7 @@ def describe_run(args: Args) -> dict[str, object]:
         "python": platform.python_version(),
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": None if status else commit,
     }
 
 
@@ -419,16 +420,20 @@ def init_wandb(args: Args, run_dir: Path):
     """A W&B run named as its folder; offline, and never a prompt, where nobody is logged in."""
     import wandb
 
-    usable = os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.login(prompt=False)
-    mode = None if usable else "offline"
-    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir, "mode": mode}
-    run = wandb.init(name=run_dir.name, config=asdict(args), save_code=True, **where)
+    try:
+        usable = os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.login(prompt=False)
+    except wandb.Error:  # a wrong key, or no network to check it
+        usable = False
+    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
+    run = wandb.init(name=run_dir.name, config=asdict(args), mode=None if usable else "offline", **where)
     run.define_metric("*", step_metric="global_step")
     return run
 
 
 def resolve_device(name: str) -> torch.device:
     auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    known = re.fullmatch(r"auto|cpu|(cuda|mps)(:\d+)?", name)
+    require(known is not None, f"--device {name}: not auto, cpu, cuda, cuda:1 or mps")
     try:
         return torch.empty(0, device=auto if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:

@@ -17,7 +17,6 @@ Letters: T steps of N environments make a batch of B = T·N transitions; a minib
 
 [PPO]  Schulman et al. 2017, Proximal Policy Optimization Algorithms, https://arxiv.org/abs/1707.06347
 [GAE]  Schulman et al. 2016, Generalized Advantage Estimation, https://arxiv.org/abs/1506.02438
-[CHAN] Chan et al. 1983, Algorithms for Computing the Sample Variance, https://doi.org/10.2307/2683386
 [TIME] Pardo et al. 2018, Time Limits in Reinforcement Learning, https://arxiv.org/abs/1712.00378
 [37]   Huang et al. 2022, https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/
 """
@@ -26,6 +25,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -68,7 +68,7 @@ class Args:
     wandb_entity: str | None = None  # team in Weights & Biases
     env_id: str = "CartPole-v1"  # any gymnasium environment with Box or Discrete actions
     async_envs: bool = False  # one process per environment: pays where a step takes longer than about 1 ms
-    total_timesteps: int = 1_000_000  # environment steps of the whole training
+    total_timesteps: int = 1_000_000  # environment steps in all, rounded down to whole rollouts
     target_return: float | None = None  # stop as solved once the mean return of 100 episodes reaches this
     learning_rate: float = 3e-4  # step size of Adam
     num_envs: int = 8  # N, environments stepped together
@@ -85,39 +85,36 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
-
     batch_size = property(lambda self: self.num_envs * self.num_steps)  # B
     minibatch_size = property(lambda self: self.batch_size // self.num_minibatches)  # M
     num_iterations = property(lambda self: self.total_timesteps // self.batch_size)
 
     def __post_init__(self) -> None:
         counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "total_timesteps")
-        coefs = ("learning_rate", "kl_coef", "ent_coef", "vf_coef")
         for names, valid, rule in (
             (counts, lambda x: x >= 1, "at least 1"),
-            (coefs, lambda x: 0 <= x < math.inf, "finite and not negative"),
+            (("learning_rate", "ent_coef", "vf_coef"), lambda x: 0 <= x < math.inf, "at least 0 and finite"),
+            (("kl_coef",), lambda x: 0 <= x <= 1e6, "between 0 and 1e6"),
             (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1, "between 0 and 1"),
             (("max_grad_norm", "kl_target"), lambda x: x > 0, "positive"),
             (("target_return",), math.isfinite, "finite"),
             (("seed",), lambda x: 0 <= x < 2**63, "between 0 and 2^63 - 1"),
-            (("run_name",), lambda x: x == Path(x).name != "..", "the name of one folder"),
+            (("run_name",), lambda x: x == Path(x).name not in ("", ".."), "the name of one folder"),
         ):
             for name in names:
-                value = getattr(self, name)
-                message = f"--{name.replace('_', '-')} must be {rule}, not {value}"
-                require(value is None or valid(value), message)
+                x = getattr(self, name)
+                require(x is None or valid(x), f"--{name.replace('_', '-')} must be {rule}, not {x!r}")
         batch = f"--num-envs {self.num_envs} x --num-steps {self.num_steps} = {self.batch_size}"
         minibatches = f"--num-minibatches {self.num_minibatches}"
         require(self.batch_size % self.num_minibatches == 0, f"{minibatches} does not divide {batch}")
         require(self.num_iterations >= 1, f"--total-timesteps {self.total_timesteps} is less than {batch}")
-        stuck = self.kl_mode == "adaptive" and self.kl_coef == 0
-        require(not stuck, "--kl-coef 0 cannot adapt: add --kl-mode fixed or make it positive")
+        require(self.kl_mode == "fixed" or self.kl_coef > 0, "--kl-coef 0 cannot adapt, add --kl-mode fixed")
         alone = self.norm_adv and self.minibatch_size == 1
         require(not alone, f"{minibatches} leaves 1 transition of {batch} in each, too few for --norm-adv")
 
 
 class RunningMeanStd(nn.Module):
-    """Normalises by the mean and variance, per element, of all batches so far, merged as in [CHAN]."""
+    """Normalises by mean and variance, per element, of all batches so far, merged as in Chan et al. 1983."""
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
@@ -161,9 +158,9 @@ class Envs:
         vectorize = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
         try:
             self.envs = vectorize([make_env] * num_envs, copy=False, autoreset_mode="SameStep")
-        except (gym.error.Error, ImportError) as error:
+        except (gym.error.Error, ImportError, ValueError) as error:
             hint = "; Atari games: ppo_atari.py" if isinstance(error, gym.error.UnregisteredEnv) else ""
-            raise ArgumentError(f"--env-id {args.env_id}: {str(error).splitlines()[0]}{hint}") from None
+            raise ArgumentError(f"--env-id {args.env_id}: {str(error).partition(chr(10))[0]}{hint}") from None
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
         fits = isinstance(self.action_space, Box | Discrete) and isinstance(self.observation_space, Box)
@@ -186,7 +183,7 @@ class Envs:
             actions = actions + self.action_space.start
         else:
             actions = actions.reshape(-1, *self.action_space.shape)
-            actions = np.clip(actions, self.action_space.low, self.action_space.high)
+            actions = actions.clip(self.action_space.low, self.action_space.high)
         obs, rewards, terminations, truncations, infos = self.envs.step(actions)
         dones = terminations | truncations
         self.episodic_returns += rewards
@@ -280,9 +277,7 @@ def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int) -> tu
     return Rollout(all_obs, all_actions, logprobs, rewards, values, next_values, terminations, dones), obs
 
 
-def compute_gae(
-    rewards, values, next_values, terminations, dones, gamma, gae_lambda
-) -> tuple[Tensor, Tensor]:
+def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages, [GAE] eq. 16, and returns, their sum with the values; all tensors are (T, N)."""
     deltas = rewards + gamma * next_values * (1.0 - terminations) - values
     advantages, last = torch.empty_like(deltas), torch.zeros_like(deltas[0])
@@ -302,8 +297,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, kl_target: float) -> float:
     return min(max(kl_coef * factor, 1e-6), 1e6)
 
 
-def rows_of(policy: Distribution, rows: Tensor) -> Distribution:
-    """The distributions of some rows of a batch."""
+def rows_of(policy: Distribution, rows: Tensor) -> Distribution:  # of a batch
     if isinstance(policy, Categorical):
         return Categorical(logits=policy.logits[rows])
     return Independent(Normal(policy.mean[rows], policy.stddev[rows]), 1)
@@ -317,7 +311,7 @@ def minibatch_loss(
     policy, values = agent(obs)
     logratio = policy.log_prob(actions) - logprobs
     if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # 0 where all are equal
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # no 0 / 0
     pg_loss = kl_penalty_loss(logratio, advantages, kl_divergence(old_policy, policy), kl_coef)
     v_loss = 0.5 * (values - returns).square().mean()
     entropy = policy.entropy().mean()
@@ -334,12 +328,12 @@ def minibatch_loss(
 
 def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> dict[str, float]:
     """Learn from one rollout in epochs of minibatches; returns what to log, averaged over all of them."""
-    advantages, returns = compute_gae(*rollout[3:], args.gamma, args.gae_lambda)
+    advantages, returns = compute_gae(*rollout[3:], args.gamma, args.gae_lambda)  # from the rewards on
     obs, actions, logprobs, _, values, *_ = rollout
     batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, advantages, returns)]
     with torch.no_grad():
         old_policy, _ = agent(batch[0])
-    group = optimizer.param_groups[0]  # keeps what changes with the iterations: learning rate and β
+    group = optimizer.param_groups[0]  # β is kept beside the learning rate, and saved with it
     kl_coef = group.setdefault("kl_coef", args.kl_coef)
     history = []
     for _ in range(args.update_epochs):
@@ -353,13 +347,12 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, arg
             if agent.log_std is not None:
                 agent.log_std.data.clamp_(-20.0, 2.0)  # after the step, so that its gradient never vanishes
             history.append(torch.stack([metric.detach() for metric in metrics.values()]))
-    with torch.no_grad():
-        kl = kl_divergence(old_policy, agent(batch[0])[0]).mean().item()
+    kl = kl_divergence(old_policy, agent(batch[0])[0]).mean().item()
     if args.kl_mode == "adaptive":
         group["kl_coef"] = adapt_kl_coef(kl_coef, kl, args.kl_target)
     agent.normalize.update(obs.flatten(0, 1))  # not before: both policies of the ratio see the same input
     means = dict(zip(metrics, torch.stack(history).mean(0).tolist(), strict=True))
-    explained = 1.0 - (returns - values).var() / returns.var().clamp(min=1e-8)
+    explained = 1.0 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
     means |= {"losses/explained_variance": explained.item(), "losses/kl": kl}
     return means | {"charts/learning_rate": group["lr"], "charts/kl_coef": kl_coef}
 
@@ -368,10 +361,12 @@ class Logger:
     """Writes a run to runs/NAME/, to W&B with --track, and its progress to the screen."""
 
     def __init__(self, args: Args):
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
-        self.dir = Path("runs", args.run_name or name)
-        require(not self.dir.exists(), f"--run-name {self.dir.name}: {self.dir} exists, choose another")
-        self.dir.mkdir(parents=True)
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.dir = Path("runs", args.run_name or re.sub(r"[^\w.-]", "-", name))
+        try:
+            self.dir.mkdir(parents=True)
+        except OSError as error:  # above all, it exists
+            raise ArgumentError(f"--run-name {self.dir.name}: {self.dir}: {error.strerror}") from None
         (self.dir / "args.json").write_text(json.dumps(describe_run(args), indent=2) + "\n")
         self.csv = open(self.dir / "episodes.csv", "w", buffering=1)
         self.csv.write("global_step,wall_time,return,length\n")
@@ -381,7 +376,7 @@ class Logger:
         self.status, self.start, self.printed = "no steps yet", time.monotonic(), 0.0
         print(f"training on {args.env_id}, written to {self.dir}", flush=True)
         total = args.num_iterations * args.batch_size
-        self.bar = tqdm(total=total, unit=" steps", unit_scale=True, disable=None)  # only on a terminal
+        self.bar = tqdm(total=total, unit=" steps", unit_scale=True, file=sys.stdout, disable=None)  # no pipe
 
     def mean_return(self) -> float:
         return sum(self.returns) / len(self.returns) if self.returns else math.nan
@@ -429,7 +424,7 @@ class Logger:
 def describe_run(args: Args) -> dict[str, object]:
     """What it takes to repeat a run: arguments, versions, hardware and git commit."""
     script, packages = Path(__file__).resolve(), ("torch", "gymnasium", "ale-py", "mujoco", "numpy")
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=script.parent, capture_output=True, text=True)
+    status, commit = subprocess.getstatusoutput(f'git -C "{script.parent}" rev-parse --verify HEAD')
     return {
         "script": script.name,
         "args": asdict(args),
@@ -437,7 +432,7 @@ def describe_run(args: Args) -> dict[str, object]:
         "python": platform.python_version(),
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": None if status else commit,
     }
 
 
@@ -445,16 +440,20 @@ def init_wandb(args: Args, run_dir: Path):
     """A W&B run named as its folder; offline, and never a prompt, where nobody is logged in."""
     import wandb
 
-    usable = os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.login(prompt=False)
-    mode = None if usable else "offline"
-    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir, "mode": mode}
-    run = wandb.init(name=run_dir.name, config=asdict(args), save_code=True, **where)
+    try:
+        usable = os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.login(prompt=False)
+    except wandb.Error:  # a wrong key, or no network to check it
+        usable = False
+    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
+    run = wandb.init(name=run_dir.name, config=asdict(args), mode=None if usable else "offline", **where)
     run.define_metric("*", step_metric="global_step")
     return run
 
 
 def resolve_device(name: str) -> torch.device:
     """`auto` is the CPU: starting a GPU's kernels takes longer than networks this small."""
+    known = re.fullmatch(r"auto|cpu|(cuda|mps)(:\d+)?", name)
+    require(known is not None, f"--device {name}: not auto, cpu, cuda, cuda:1 or mps")
     try:
         return torch.empty(0, device="cpu" if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
@@ -466,6 +465,7 @@ def train(args: Args) -> float:
     device = resolve_device(args.device)
     torch.set_num_threads(1)  # two threads wait for each other longer than such small layers take
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    np.random.seed(args.seed % 2**32)  # for environments that draw from the global generator
     torch.manual_seed(args.seed)
     Distribution.set_default_validate_args(False)  # its checks cost as much as the distributions themselves
     with closing(Envs(args, args.num_envs, args.seed)) as envs, closing(Logger(args)) as logger:
