@@ -246,6 +246,7 @@ def test_clipped_action_is_executed_and_sampled_one_learned_from(script):
     assert actions.shape == (20, 2, 6)
     assert (actions < Bounded.low.ravel()).any()
     assert (actions > Bounded.high.ravel()).any()
+    assert np.abs(actions).max() > 3.0, "also where nothing bounds them; the deviation is e"
     inside = np.minimum(np.maximum(actions.reshape(-1, 2, 3), Bounded.low), Bounded.high)
     np.testing.assert_array_equal(np.array(Bounded.received), inside)
     with torch.no_grad():

@@ -88,7 +88,7 @@ def name_of(node: ast.stmt) -> str:
         return "__main__"
     if isinstance(node, ast.Assign | ast.AnnAssign):
         return ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
-    return node.name
+    return getattr(node, "name", ast.unparse(node))
 
 
 def definitions(source: str) -> dict[str, str]:
