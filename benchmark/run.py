@@ -40,15 +40,6 @@ STUDIES = {
         ),
         ("ppo_kl_penalty.py", "CartPole-v1", 3, "--total-timesteps 150000"),
     ],
-    "pong": [
-        (
-            "ppo_atari.py",
-            "PongNoFrameskip-v4",
-            1,
-            "--learning-rate 5e-4 --num-minibatches 16 --precision bf16 --total-timesteps 1500000 "
-            "--target-return 19.5",
-        ),
-    ],
 }
 
 
