@@ -25,8 +25,12 @@ VECTOR_SCRIPTS = [ppo_continuous, ppo_kl_penalty]
 def refuse(monkeypatch, capsys, tmp_path):
     """A function that expects a command line to be refused in one line, and returns that line."""
 
+    def accepted(*args):
+        raise AssertionError("accepted: the training begins")
+
     def run(script, *argv: str) -> str:
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(script, "collect_rollout", accepted)
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as stop:
@@ -150,7 +154,7 @@ def test_deterministic_ids_that_never_were(refuse, env_id):
 def test_memory_is_no_picture(refuse, env_id):
     message = refuse(ppo_atari, "--env-id", env_id)
     assert f"--env-id {env_id}" in message
-    assert "-ram" in message.replace(env_id, "")
+    assert "memory" in message, "that it is not registered would not help"
 
 
 OTHER_SCRIPT = [

@@ -187,7 +187,7 @@ def test_atari_agent_tells_pictures_apart(monkeypatch, train, args):
     def prepare(agent):
         agent.network.register_forward_hook(lambda module, inputs, output: precisions.add(output.dtype))
 
-    mean_return, agent = train(ppo_atari, prepare, total_timesteps=640, **SMALL_PICTURES, **args)
+    mean_return, agent = train(ppo_atari, prepare, total_timesteps=1280, **SMALL_PICTURES, **args)
     assert precisions == {torch.bfloat16 if "precision" in args else torch.float32}
     policy, values = act(agent, torch.from_numpy(Pictures.both))
     assert policy.probs.diagonal().min() > 0.7
