@@ -21,17 +21,23 @@ Letters: T steps of N environments make a batch of B = T·N transitions; a minib
 [37]   Huang et al. 2022, https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/
 """
 
+import copy
+import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import deque
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -57,15 +63,28 @@ def require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
-class Args:
-    exp_name: str = "ppo_kl_penalty"  # name of the experiment, part of the default run name
+class Source:
+    """What says where the other arguments begin: at those of an earlier run, or at the defaults."""
+
     run_name: str | None = None  # the run is written to runs/RUN_NAME; default ENV_ID__EXP_NAME__SEED__TIME
+    resume: bool = False  # go on with runs/RUN_NAME from its last checkpoint, or start it where there is none
+    evaluate: str | None = None  # only play, with the agent of this run folder or checkpoint file
+
+
+@dataclass(frozen=True)
+class Args(Source):
+    exp_name: str = "ppo_kl_penalty"  # name of the experiment, part of the default run name
     seed: int = 1  # seed of weights, actions, minibatches and environments
     torch_deterministic: bool = True  # only repeatable cuDNN algorithms
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto is the CPU, faster for networks this small
     track: bool = False  # log to Weights & Biases as well, offline where nobody is logged in
     wandb_project_name: str = "ppo"  # project in Weights & Biases
     wandb_entity: str | None = None  # team in Weights & Biases
+    checkpoint_interval: float = 5.0  # minutes between checkpoints; there is always one at the end
+    capture_video: bool = False  # record an mp4 of an episode at checkpoints, and of those of --evaluate
+    render: bool = False  # show the episodes of --evaluate in a window
+    eval_episodes: int = 10  # episodes of --evaluate
+    deterministic: bool = False  # in evaluation and videos take the likeliest action, do not sample
     env_id: str = "CartPole-v1"  # any gymnasium environment with Box or Discrete actions
     async_envs: bool = False  # one process per environment: pays where a step takes longer than about 1 ms
     total_timesteps: int = 1_000_000  # environment steps in all, rounded down to whole rollouts
@@ -98,12 +117,18 @@ class Args:
             (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1, "between 0 and 1"),
             (("max_grad_norm", "kl_target"), lambda x: x > 0, "positive"),
             (("target_return",), math.isfinite, "finite"),
+            (("checkpoint_interval",), lambda x: x >= 0, "at least 0"),
+            (("eval_episodes",), lambda x: x >= 1, "at least 1"),
             (("seed",), lambda x: 0 <= x < 2**63, "between 0 and 2^63 - 1"),
             (("run_name",), lambda x: x == Path(x).name not in ("", ".."), "the name of one folder"),
         ):
             for name in names:
                 x = getattr(self, name)
                 require(x is None or valid(x), f"--{name.replace('_', '-')} must be {rule}, not {x!r}")
+        require(not self.resume or self.run_name is not None, "--resume needs a --run-name to go on with")
+        require(not self.resume or self.evaluate is None, "--evaluate plays, there is nothing to --resume")
+        require(not self.render or self.evaluate is not None, "--render shows what --evaluate plays")
+        require(not (self.render and self.capture_video), "--render shows, --capture-video records: take one")
         batch = f"--num-envs {self.num_envs} x --num-steps {self.num_steps} = {self.batch_size}"
         minibatches = f"--num-minibatches {self.num_minibatches}"
         require(self.batch_size % self.num_minibatches == 0, f"{minibatches} does not divide {batch}")
@@ -151,16 +176,24 @@ class Envs:
     ±10 [37]. Actions are clipped to the bounds only here: the learner keeps what it sampled.
     """
 
-    def __init__(self, args: Args, num_envs: int, seed: int, training: bool = True):
+    def __init__(self, args: Args, num_envs: int, seed, training: bool = True, videos: Path | None = None):
         def make_env() -> gym.Env:  # flat observations, and fresh ones: SAME_STEP does not copy final_obs
-            return gym.wrappers.FlattenObservation(gym.make(args.env_id, disable_env_checker=True))
+            if multiprocessing.parent_process():  # that one decides when to stop
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            env = gym.make(args.env_id, disable_env_checker=True, **rendering)
+            return gym.wrappers.FlattenObservation(env)
 
+        rendering = {"render_mode": "rgb_array"} if videos or args.render else {}
+        if rendering and sys.platform == "linux" and "DISPLAY" not in os.environ:
+            os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display, but not by default
         vectorize = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
         try:
             self.envs = vectorize([make_env] * num_envs, copy=False, autoreset_mode="SameStep")
         except (gym.error.Error, ImportError, ValueError) as error:
             hint = "; Atari games: ppo_atari.py" if isinstance(error, gym.error.UnregisteredEnv) else ""
             raise ArgumentError(f"--env-id {args.env_id}: {str(error).partition(chr(10))[0]}{hint}") from None
+        self.envs = show(self.envs, args, videos)
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
         fits = isinstance(self.action_space, Box | Discrete) and isinstance(self.observation_space, Box)
@@ -206,6 +239,23 @@ class Envs:
         self.return_stats.update(self.discounted_returns)
         self.discounted_returns[dones] = 0.0
         return (rewards / (self.return_stats.var + 1e-8).sqrt()).clamp(-10.0, 10.0)
+
+    def state_dict(self) -> dict[str, object]:
+        return {"num_steps": self.num_steps, "return_stats": self.return_stats.state_dict()}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.num_steps = state["num_steps"]
+        self.return_stats.load_state_dict(state["return_stats"])
+
+
+def show(envs: gym.vector.VectorEnv, args: Args, videos: Path | None) -> gym.vector.VectorEnv:
+    """The same environments, recorded as VIDEOS-episode-0.mp4 and so on, or shown in a window by --render."""
+    if videos is None:
+        return gym.wrappers.vector.HumanRendering(envs) if args.render else envs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the folder exists, and that the very last picture is left out
+        wanted = {"episode_trigger": lambda episode: episode < args.eval_episodes}
+        return gym.wrappers.vector.RecordVideo(envs, str(videos.parent), name_prefix=videos.name, **wanted)
 
 
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
@@ -357,29 +407,270 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, arg
     return means | {"charts/learning_rate": group["lr"], "charts/kl_coef": kl_coef}
 
 
-class Logger:
-    """Writes a run to runs/NAME/, to W&B with --track, and its progress to the screen."""
+@torch.no_grad()
+def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple[float, int]]:
+    """Return (unscaled) and length of --eval-episodes episodes, without a trace in the training's randomness.
 
-    def __init__(self, args: Args):
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.dir = Path("runs", args.run_name or re.sub(r"[^\w.-]", "-", name))
+    They are the first ones of each environment: the first ones of all to end would be the short ones.
+    """
+    num_envs = 1 if videos or args.render else min(args.eval_episodes, args.num_envs)
+    counted = [
+        (i % num_envs, i // num_envs) for i in range(args.eval_episodes)
+    ]  # environment, its how manieth
+    episodes, device = [[] for _ in range(num_envs)], next(agent.parameters()).device
+    with (
+        closing(Envs(args, num_envs, [args.seed, 0, 1], training=False, videos=videos)) as envs,
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        tqdm(unit=" episodes", file=sys.stdout, leave=False, disable=None) as bar,
+    ):
+        torch.manual_seed(args.seed)
+        obs = envs.reset()
+        while any(len(episodes[env]) <= number for env, number in counted[-num_envs:]):
+            policy, _ = agent(torch.from_numpy(obs).to(device))
+            actions = policy.mode if args.deterministic else policy.sample()
+            obs = envs.step(actions.cpu().numpy()).obs
+            for step, *episode in envs.finished:
+                episodes[(step - 1) % num_envs].append(tuple(episode))
+                bar.update()
+            envs.finished.clear()
+    return [episodes[env][number] for env, number in counted]
+
+
+def evaluate_checkpoint(args: Args) -> None:
+    """Prints a table, and writes it with every episode to eval.json beside the checkpoint."""
+    path = checkpoint_path(args)
+    checkpoint, device = load_checkpoint(path), set_up(args)
+    with closing(Envs(replace(args, render=False), 1, args.seed, training=False)) as envs:
+        agent = make_agent(args, envs).to(device)
+    with fitting(path, args.env_id):
+        agent.load_state_dict(checkpoint["agent"])
+        step = int(checkpoint["envs"]["num_steps"])
+    run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    videos = run_dir / "videos" / f"{path.stem}-{slug(args.env_id)}" if args.capture_video else None
+    try:
+        episodes = evaluate(agent, args, videos)
+    except Exception as error:  # no display, no ffmpeg, no EGL: each simulator has its own
+        if not (videos or args.render):
+            raise
+        print(f"no {'videos' if videos else 'window'}: {one_line(error)}", file=sys.stderr)
+        episodes = evaluate(agent, replace(args, render=False))
+    returns, lengths = np.array(episodes).T
+    row = {"mean": returns.mean(), "std": returns.std(), "min": returns.min(), "max": returns.max()}
+    print(
+        f"{path}, step {step:,}, on {args.env_id}, {'likeliest' if args.deterministic else 'sampled'} actions"
+    )
+    print(*(f"{name:>10}" for name in ("episodes", *row, "length")))
+    print(f"{len(episodes):10}", *(f"{x:10.2f}" for x in (*row.values(), lengths.mean())))
+    report = {"checkpoint": path.name, "global_step": step, "env_id": args.env_id, "seed": args.seed}
+    report |= {
+        "deterministic": args.deterministic,
+        **row,
+        "returns": returns.tolist(),
+        "lengths": lengths.tolist(),
+    }
+    replace_file(path.with_name("eval.json"), (json.dumps(report, indent=2) + "\n").encode())
+
+
+class Checkpoints:
+    """Keeps a run in checkpoints/: last.pt as it is, best.pt as it was when its mean return was the best."""
+
+    def __init__(self, args: Args, logger: "Logger", **parts):
+        self.args, self.logger, self.parts = args, logger, parts | {"logger": logger}
+        self.best = None  # what best.pt is to be
+        self.saved, self.capture_video = time.monotonic(), args.capture_video
+        (logger.dir / "checkpoints").mkdir(exist_ok=True)
+
+    def state(self, iteration: int) -> dict[str, object]:
+        about = {"format": 1, "script": Args.exp_name, "args": asdict(self.args), "iteration": iteration}
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        return about | {"rng": [torch.get_rng_state(), *cuda]} | parts
+
+    def after(self, iteration: int) -> None:
+        """Saves the run every --checkpoint-interval, and remembers it where it plays better than before."""
+        if self.logger.is_best():
+            self.best = copy.deepcopy(self.state(iteration))
+        if time.monotonic() - self.saved >= 60.0 * self.args.checkpoint_interval:
+            self.save(iteration)
+            self.record(iteration)
+
+    def save(self, iteration: int) -> None:
+        self.logger.flush()  # so that nothing older than the checkpoint can be missing
+        for name, state in (("best.pt", self.best), ("last.pt", self.state(iteration))):
+            if state is not None:
+                torch.save(state, buffer := io.BytesIO())
+                replace_file(self.logger.dir / "checkpoints" / name, buffer.getvalue())
+        self.best, self.saved = None, time.monotonic()
+
+    def record(self, iteration: int) -> None:
+        """With --capture-video: plays an episode, for an mp4 and charts/eval_return."""
+        if not self.capture_video:
+            return
+        step, args = iteration * self.args.batch_size, replace(self.args, eval_episodes=1)
+        video = self.logger.dir / "videos" / f"step-{step}"
         try:
-            self.dir.mkdir(parents=True)
-        except OSError as error:  # above all, it exists
-            raise ArgumentError(f"--run-name {self.dir.name}: {self.dir}: {error.strerror}") from None
-        (self.dir / "args.json").write_text(json.dumps(describe_run(args), indent=2) + "\n")
-        self.csv = open(self.dir / "episodes.csv", "w", buffering=1)
-        self.csv.write("global_step,wall_time,return,length\n")
-        self.tensorboard = SummaryWriter(str(self.dir))
+            ((episodic_return, _),) = evaluate(self.parts["agent"], args, video)
+            self.logger.log(step, {"charts/eval_return": episodic_return})
+            self.logger.log_video(step, video.with_name(f"{video.name}-episode-0.mp4"))
+        except Exception as error:  # no ffmpeg, no EGL: each simulator has its own
+            self.capture_video = False
+            tqdm.write(f"training goes on without videos: {one_line(error)}")
+
+
+def checkpoint_path(args: Source) -> Path | None:
+    """The file that --evaluate or --resume means; None where a run begins."""
+    if args.evaluate is not None:
+        path = Path(args.evaluate)
+        return path / "checkpoints" / "last.pt" if path.is_dir() else path
+    path = Path("runs", args.run_name or "", "checkpoints", "last.pt")
+    return path if args.resume and path.exists() else None
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint of this script as plain data: no file can make torch.load run code."""
+    require(path.is_file(), f"{path}: there is no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script, version = checkpoint["script"], checkpoint["format"]
+    except Exception as error:  # as many kinds as there are ways to break a file
+        raise ArgumentError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
+    require(script == Args.exp_name, f"{path}: written by {script}, not by this script, {Args.exp_name}")
+    require(version == 1, f"{path}: of format {version}, while this script writes and reads format 1")
+    with fitting(path, "this script"):
+        checkpoint["args"] = Args(**checkpoint["args"])
+    return checkpoint
+
+
+def checkpoint_to_resume(args: Args) -> dict | None:
+    """None where the run begins; refuses arguments that would make it another run."""
+    path = checkpoint_path(args)
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path)
+    before = checkpoint["args"]
+    free = (
+        "resume total_timesteps target_return device precision torch_deterministic async_envs exp_name track"
+    )
+    free += " wandb_project_name wandb_entity checkpoint_interval capture_video eval_episodes deterministic"
+    for name, value in asdict(args).items():
+        old, flag = getattr(before, name), f"--{name.replace('_', '-')}"
+        same = name in free.split() or value == old
+        require(same, f"{flag} {value}: the run that --resume goes on with has {flag} {old}")
+    fewer, steps = args.total_timesteps < before.total_timesteps, "--total-timesteps"
+    require(
+        not fewer, f"{steps} {args.total_timesteps} of a run with {before.total_timesteps} can only be raised"
+    )
+    return checkpoint
+
+
+def restore(checkpoint: dict, args: Args, **parts) -> None:
+    """The state of everything that has one, and of the random numbers."""
+    with fitting(checkpoint_path(args), args.env_id):
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        cpu, *cuda = checkpoint["rng"]
+        torch.set_rng_state(cpu)
+        if torch.cuda.is_initialized():
+            torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
+
+
+@contextmanager
+def fitting(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever the unexpected content of a checkpoint provokes into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ArgumentError(f"{path} does not fit {what}: {one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^\w.-]", "-", name)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """All of it or nothing: written beside the old file, flushed to the disk, and only then renamed."""
+    beside = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written and stays as it was: {error.strerror}") from None
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Notes the first SIGINT or SIGTERM, so that the iteration ends and is saved; a second acts at once."""
+    noted, handlers = [], {}
+
+    def note(number: int, _) -> None:
+        noted.append(number)
+        for caught in handlers:
+            signal.signal(caught, signal.SIG_DFL)
+        os.write(2, b"\nstopping once this iteration is done and saved; a second signal stops at once\n")
+
+    with suppress(ValueError):  # only the main thread can catch any
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as SIGINT is in the background
+                handlers[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class Logger:
+    """Writes a run to runs/NAME/, to W&B with --track, and its progress to the screen.
+
+    `state` is the state_dict in the checkpoint that is resumed; whatever was logged after it is dropped.
+    """
+
+    def __init__(self, args: Args, state: dict | None = None):
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.dir = Path("runs", args.run_name or slug(name))
+        try:
+            self.dir.mkdir(parents=True, exist_ok=args.resume)
+        except OSError as error:
+            exists = f"{self.dir} exists and is not overwritten, --resume goes on with it"
+            message = exists if isinstance(error, FileExistsError) else f"{self.dir}: {error.strerror}"
+            raise ArgumentError(f"--run-name {self.dir.name}: {message}") from None
+        state = state or {"step": 0, "seconds": 0.0, "returns": [], "best": [0, -math.inf]}
+        self.step, self.start, self.best = state["step"], time.monotonic() - state["seconds"], state["best"]
+        self.returns: deque[float] = deque(state["returns"], maxlen=100)  # of the last episodes
+        replace_file(self.dir / "args.json", (json.dumps(describe_run(args), indent=2) + "\n").encode())
+        self.csv = open_csv(self.dir / "episodes.csv", self.step)
+        self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
         self.wandb = init_wandb(args, self.dir) if args.track else None
-        self.returns: deque[float] = deque(maxlen=100)  # of the last episodes
-        self.status, self.start, self.printed = "no steps yet", time.monotonic(), 0.0
-        print(f"training on {args.env_id}, written to {self.dir}", flush=True)
-        total = args.num_iterations * args.batch_size
-        self.bar = tqdm(total=total, unit=" steps", unit_scale=True, file=sys.stdout, disable=None)  # no pipe
+        self.status, self.printed = "no steps taken", time.monotonic()
+        since = f" from step {self.step:,} on" if self.step else ""
+        print(f"training on {args.env_id}{since}, written to {self.dir}", flush=True)
+        steps = {"total": args.num_iterations * args.batch_size, "initial": self.step, "unit": " steps"}
+        self.bar = tqdm(**steps, unit_scale=True, file=sys.stdout, disable=None)  # no pipe
+
+    def state_dict(self) -> dict[str, object]:
+        returns = list(self.returns)
+        return {"step": self.step, "seconds": self.seconds(), "returns": returns, "best": self.best}
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
 
     def mean_return(self) -> float:
         return sum(self.returns) / len(self.returns) if self.returns else math.nan
+
+    def is_best(self) -> bool:
+        """Is the mean return better than ever; that of fewer than 100 episodes gives way to that of more."""
+        score = [len(self.returns), self.mean_return()]
+        better = score > self.best
+        self.best = max(score, self.best)
+        return better
 
     def solved(self, target_return: float | None) -> bool:
         return target_return is not None and len(self.returns) == 100 and self.mean_return() >= target_return
@@ -387,7 +678,7 @@ class Logger:
     def log_episodes(self, finished: list[tuple[int, float, int]]) -> None:
         for step, episodic_return, length in finished:
             self.returns.append(episodic_return)
-            self.csv.write(f"{step},{time.monotonic() - self.start:.2f},{episodic_return},{length}\n")
+            self.csv.write(f"{step},{self.seconds():.2f},{episodic_return},{length}\n")
             self.log(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
         finished.clear()
 
@@ -396,29 +687,65 @@ class Logger:
         if bad:
             advice = "try a lower --learning-rate or --max-grad-norm, or fewer --update-epochs"
             raise FloatingPointError(f"{bad} became NaN or infinite before step {step:,}; {advice}")
-        seconds = time.monotonic() - self.start
+        self.step, seconds = step, self.seconds()
         self.log(step, metrics | {"charts/SPS": step / seconds})
-        self.bar.set_postfix_str(f"return {self.mean_return():.2f}", refresh=False)
+        self.bar.set_postfix_str(f"return {self.mean_return():.2f}" if self.returns else "", refresh=False)
         self.bar.update(step - self.bar.n)
         returns = f"mean return {self.mean_return():.2f} of the last {len(self.returns)} episodes"
+        returns = returns if self.returns else "no episode has ended yet"
         self.status = f"step {step:,}: {returns}, {step / seconds:,.0f} steps/s, {seconds / 60:.1f} min"
-        if self.bar.disable and seconds - self.printed > 5.0:
-            self.printed = seconds
+        if self.bar.disable and time.monotonic() - self.printed > 5.0:
+            self.print_status()
+
+    def print_status(self) -> None:
+        if self.status:
             print(self.status, flush=True)
+        self.status, self.printed = "", time.monotonic()
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         for key, value in scalars.items():
             self.tensorboard.add_scalar(key, value, step)
+        self.tell_wandb(lambda run: run.log(scalars | {"global_step": step}, step=step))
+
+    def log_video(self, step: int, path: Path) -> None:
         if self.wandb:
-            self.wandb.log(scalars | {"global_step": step})
+            from wandb import Video
+
+            self.tell_wandb(lambda run: run.log({"videos": Video(str(path), format="mp4")}, step=step))
+
+    def tell_wandb(self, message: Callable[[object], object]) -> None:
+        """Training goes on, whatever happens to W&B or to the network."""
+        try:
+            if self.wandb:
+                message(self.wandb)
+        except Exception as error:
+            self.wandb = None
+            tqdm.write(f"training goes on without W&B: {one_line(error)}")
+
+    def flush(self) -> None:
+        self.tensorboard.flush()
+        os.fsync(self.csv.fileno())  # Python has handed over every line already
 
     def close(self) -> None:
         self.bar.close()
-        print(self.status, flush=True)
+        self.print_status()
         self.csv.close()
         self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+        checkpoint = self.dir / "checkpoints" / "last.pt"
+        if checkpoint.exists():
+            self.tell_wandb(lambda run: run.log_model(str(checkpoint), f"{run.id}-last"))
+        self.tell_wandb(lambda run: run.finish())
+
+
+def open_csv(path: Path, step: int):
+    """To append to; rows that an earlier attempt wrote after `step` are dropped, they will come again."""
+    rows = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    steps = [row.partition(",")[0] if row.endswith("\n") else "" for row in rows]
+    kept = [
+        row for row, number in zip(rows, steps, strict=True) if number.isdecimal() and int(number) <= step
+    ]
+    replace_file(path, "".join(["global_step,wall_time,return,length\n", *kept]).encode())
+    return open(path, "a", buffering=1)
 
 
 def describe_run(args: Args) -> dict[str, object]:
@@ -445,9 +772,9 @@ def init_wandb(args: Args, run_dir: Path):
     except wandb.Error:  # a wrong key, or no network to check it
         usable = False
     where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
-    run = wandb.init(name=run_dir.name, config=asdict(args), mode=None if usable else "offline", **where)
-    run.define_metric("*", step_metric="global_step")
-    return run
+    identity = {"name": run_dir.name, "id": slug(run_dir.name), "resume": "allow" if args.resume else "never"}
+    mode = None if usable else "offline"
+    return wandb.init(**identity, **where, config=asdict(args), save_code=True, mode=mode)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -460,35 +787,68 @@ def resolve_device(name: str) -> torch.device:
         raise ArgumentError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def train(args: Args) -> float:
-    """[PPO] algorithm 1; returns the mean return of the last 100 episodes."""
+def set_up(args: Args) -> torch.device:
+    """The device; prepares torch for it, and everybody's random numbers."""
     device = resolve_device(args.device)
     torch.set_num_threads(1)  # two threads wait for each other longer than such small layers take
     torch.backends.cudnn.deterministic = args.torch_deterministic
     np.random.seed(args.seed % 2**32)  # for environments that draw from the global generator
     torch.manual_seed(args.seed)
     Distribution.set_default_validate_args(False)  # its checks cost as much as the distributions themselves
-    with closing(Envs(args, args.num_envs, args.seed)) as envs, closing(Logger(args)) as logger:
-        agent = Agent(envs.observation_space, envs.action_space).to(device)
+    return device
+
+
+def make_agent(args: Args, envs: Envs) -> Agent:
+    return Agent(envs.observation_space, envs.action_space)
+
+
+def train(args: Args) -> float:
+    """[PPO] algorithm 1; returns the mean return of the last 100 episodes."""
+    checkpoint = checkpoint_to_resume(args)
+    iteration = checkpoint["iteration"] if checkpoint else 0
+    device = set_up(args)
+    with closing(Envs(args, args.num_envs, [args.seed, iteration])) as envs:
+        agent = make_agent(args, envs).to(device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-        obs = torch.from_numpy(envs.reset()).to(device)
-        for iteration in range(args.num_iterations):
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - iteration / args.num_iterations)
-            rollout, obs = collect_rollout(agent, envs, obs, args.num_steps)
-            logger.log_episodes(envs.finished)
-            metrics = update(agent, optimizer, rollout, args)
-            logger.log_iteration(envs.num_steps, metrics)
+        if checkpoint:
+            restore(checkpoint, args, agent=agent, optimizer=optimizer, envs=envs)
+        with closing(Logger(args, checkpoint and checkpoint["logger"])) as logger, noted_signals() as signals:
+            checkpoints = Checkpoints(args, logger, agent=agent, optimizer=optimizer, envs=envs)
+            checkpoints.save(iteration)
+            obs = torch.from_numpy(envs.reset()).to(device)
+            while iteration < args.num_iterations and not signals and not logger.solved(args.target_return):
+                left = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
+                optimizer.param_groups[0]["lr"] = args.learning_rate * left
+                rollout, obs = collect_rollout(agent, envs, obs, args.num_steps)
+                logger.log_episodes(envs.finished)
+                logger.log_iteration(envs.num_steps, update(agent, optimizer, rollout, args))
+                iteration += 1
+                checkpoints.after(iteration)
+            checkpoints.save(iteration)
+            if not signals:
+                checkpoints.record(iteration)
             if logger.solved(args.target_return):
-                tqdm.write(f"solved: --target-return {args.target_return} reached at step {envs.num_steps:,}")
-                break
+                tqdm.write(f"solved at step {logger.step:,} after {logger.seconds() / 60:.1f} min")
+    if signals:
+        sys.exit(128 + signals[0])
     return logger.mean_return()
+
+
+def parse_args() -> Args:
+    """The command line, on top of the arguments of the run that it resumes or evaluates."""
+    source, _ = tyro.cli(Source, return_unknown_args=True, add_help=False)
+    path = checkpoint_path(source)
+    if path is None:
+        return tyro.cli(Args)
+    before = replace(load_checkpoint(path)["args"], resume=False)
+    return tyro.cli(Args, default=replace(before, capture_video=False) if source.evaluate else before)
 
 
 def main() -> None:
     try:
-        train(tyro.cli(Args))
-    except (ArgumentError, FloatingPointError) as error:
+        args = parse_args()
+        train(args) if args.evaluate is None else evaluate_checkpoint(args)
+    except (ArgumentError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
     except KeyboardInterrupt:

@@ -109,6 +109,9 @@ class Pictures:
             self.finished.append((self.num_steps, reward, 1))
         return ppo_atari.Step(self.reset(), rewards, ends, ends, None)
 
+    def state_dict(self) -> dict[str, int]:
+        return {"num_steps": self.num_steps}
+
     def close(self) -> None:
         pass
 

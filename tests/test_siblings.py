@@ -47,6 +47,14 @@ DIFFERENCES = {
     "Envs.reset": ("atari", "another simulator"),
     "Envs.step": ("all", "another simulator; Discrete actions are not clipped to bounds"),
     "Envs.scale": ("atari", "see RunningMeanStd"),
+    "Envs.state_dict": ("atari", "see RunningMeanStd"),
+    "Envs.load_state_dict": ("atari", "see RunningMeanStd"),
+    "VisibleAtariVectorEnv": ("atari", "the others can draw what they simulate"),
+    "VisibleAtariVectorEnv.render_mode": ("atari", "see VisibleAtariVectorEnv"),
+    "VisibleAtariVectorEnv.__init__": ("atari", "see VisibleAtariVectorEnv"),
+    "VisibleAtariVectorEnv.reset": ("atari", "see VisibleAtariVectorEnv"),
+    "VisibleAtariVectorEnv.step": ("atari", "see VisibleAtariVectorEnv"),
+    "VisibleAtariVectorEnv.render": ("atari", "see VisibleAtariVectorEnv"),
     "game_options": ("atari", "ids of Atari games"),
     "mlp": ("atari", "another network"),
     "init": ("atari", "another network"),
@@ -62,9 +70,11 @@ DIFFERENCES = {
     "minibatch_loss": ("kl_penalty", "another objective"),
     "update": ("all", "β and the old policy; no Gaussian and no normalisation of pictures"),
     "resolve_device": ("atari", "see Args.device"),
-    "train": ("atari", "arguments of its Agent, and more than one thread"),
+    "set_up": ("atari", "more than one thread pays"),
+    "make_agent": ("atari", "arguments of its Agent"),
 }
-MAX_LINES, MAX_FUNCTION, MAX_TRAIN, MAX_COLUMNS, MAX_NESTING = 499, 50, 59, 110, 3
+# Resuming, evaluation and videos take as many lines as the algorithm; each script has to bring its own.
+MAX_LINES, MAX_FUNCTION, MAX_TRAIN, MAX_COLUMNS, MAX_NESTING = 870, 50, 59, 110, 3
 
 
 def path_of(script: str) -> Path:
