@@ -2,7 +2,7 @@
 
     python benchmark/run.py mujoco --workers 2
 
-Finished runs are skipped, so the command can be repeated after an interruption. A run is written to
+Finished runs are skipped and interrupted ones resumed, so the command can be repeated after an interruption. A run is written to
 runs/STUDY__ENV__SCRIPT__SEED/ like any other; its summary to benchmark/results/STUDY/ENV__SCRIPT__SEED.json.
 `python benchmark/plot.py` makes the figures and tables from the summaries.
 """
@@ -11,7 +11,6 @@ import csv
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -65,11 +64,10 @@ def execute(run: Run) -> str | None:
     if run.result.exists():
         return None
     run_dir = ROOT / "runs" / f"{run.study}__{run.name}"
-    shutil.rmtree(run_dir, ignore_errors=True)  # of a run that was interrupted
     command = f"python {run.script} --env-id {run.env_id} --seed {run.seed} {run.flags}".strip()
     print(command, flush=True)
     process = subprocess.run(
-        [sys.executable, *shlex.split(command)[1:], "--run-name", run_dir.name],
+        [sys.executable, *shlex.split(command)[1:], "--run-name", run_dir.name, "--resume"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
