@@ -2,7 +2,7 @@
 
     python benchmark/run.py mujoco --workers 2
 
-Finished runs are skipped and interrupted ones resumed, so the command can be repeated after an interruption. A run is written to
+Finished runs are skipped and interrupted ones resumed, so the command can be repeated. A run is written to
 runs/STUDY__ENV__SCRIPT__SEED/ like any other; its summary to benchmark/results/STUDY/ENV__SCRIPT__SEED.json.
 `python benchmark/plot.py` makes the figures and tables from the summaries.
 """
