@@ -36,7 +36,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
@@ -252,10 +252,9 @@ def show(envs: gym.vector.VectorEnv, args: Args, videos: Path | None) -> gym.vec
     """The same environments, recorded as VIDEOS-episode-0.mp4 and so on, or shown in a window by --render."""
     if videos is None:
         return gym.wrappers.vector.HumanRendering(envs) if args.render else envs
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the folder exists, and that the very last picture is left out
-        wanted = {"episode_trigger": lambda episode: episode < args.eval_episodes}
-        return gym.wrappers.vector.RecordVideo(envs, str(videos.parent), name_prefix=videos.name, **wanted)
+    warnings.filterwarnings("ignore", ".*(video|last frame)")  # the folder exists; a line says what is wrong
+    wanted = {"episode_trigger": lambda episode: episode < args.eval_episodes, "name_prefix": videos.name}
+    return gym.wrappers.vector.RecordVideo(envs, str(videos.parent), **wanted)
 
 
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
@@ -421,8 +420,10 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
     with (
         closing(Envs(args, num_envs, [args.seed, 0, 1], training=False, videos=videos)) as envs,
         torch.random.fork_rng([device] if device.type == "cuda" else []),
+        ExitStack() as stack,
         tqdm(unit=" episodes", file=sys.stdout, leave=False, disable=None) as bar,
     ):
+        stack.callback(np.random.set_state, np.random.get_state())
         torch.manual_seed(args.seed)
         obs = envs.reset()
         while any(len(episodes[env]) <= number for env, number in counted[-num_envs:]):
@@ -477,7 +478,7 @@ class Checkpoints:
     def __init__(self, args: Args, logger: "Logger", **parts):
         self.args, self.logger, self.parts = args, logger, parts | {"logger": logger}
         self.best = None  # what best.pt is to be
-        self.saved, self.capture_video = time.monotonic(), args.capture_video
+        self.saved, self.recorded, self.capture_video = time.monotonic(), logger.step, args.capture_video
         (logger.dir / "checkpoints").mkdir(exist_ok=True)
 
     def state(self, iteration: int) -> dict[str, object]:
@@ -504,9 +505,10 @@ class Checkpoints:
 
     def record(self, iteration: int) -> None:
         """With --capture-video: plays an episode, for an mp4 and charts/eval_return."""
-        if not self.capture_video:
-            return
         step, args = iteration * self.args.batch_size, replace(self.args, eval_episodes=1)
+        if not self.capture_video or step == self.recorded:
+            return
+        self.recorded = step
         video = self.logger.dir / "videos" / f"step-{step}"
         try:
             ((episodic_return, _),) = evaluate(self.parts["agent"], args, video)
@@ -523,20 +525,34 @@ def checkpoint_path(args: Source) -> Path | None:
         path = Path(args.evaluate)
         return path / "checkpoints" / "last.pt" if path.is_dir() else path
     path = Path("runs", args.run_name or "", "checkpoints", "last.pt")
-    return path if args.resume and path.exists() else None
+    return path if args.resume and os.path.lexists(path) else None
 
 
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint of this script as plain data: no file can make torch.load run code."""
     require(path.is_file(), f"{path}: there is no such file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script, version = checkpoint["script"], checkpoint["format"]
+        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
+        script, version = str(checkpoint["script"]), int(checkpoint["format"])
     except Exception as error:  # as many kinds as there are ways to break a file
         raise ArgumentError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
-    require(script == Args.exp_name, f"{path}: written by {script}, not by this script, {Args.exp_name}")
+    require(script == Args.exp_name, f"{path}: written by {script!r}, not by this script, {Args.exp_name}")
     require(version == 1, f"{path}: of format {version}, while this script writes and reads format 1")
     with fitting(path, "this script"):
+        parts = {
+            "iteration",
+            "rng",
+            "agent",
+            "optimizer",
+            "envs",
+            "logger",
+            "step",
+            "seconds",
+            "returns",
+            "best",
+        }
+        missing = parts - {*checkpoint, *checkpoint["logger"]}
+        require(not missing, f"it lacks {', '.join(sorted(missing))}")
         checkpoint["args"] = Args(**checkpoint["args"])
     return checkpoint
 
@@ -548,10 +564,9 @@ def checkpoint_to_resume(args: Args) -> dict | None:
         return None
     checkpoint = load_checkpoint(path)
     before = checkpoint["args"]
-    free = (
-        "resume total_timesteps target_return device precision torch_deterministic async_envs exp_name track"
-    )
-    free += " wandb_project_name wandb_entity checkpoint_interval capture_video eval_episodes deterministic"
+    free = "run_name resume total_timesteps target_return device precision torch_deterministic async_envs"
+    free += " exp_name track wandb_project_name wandb_entity checkpoint_interval capture_video eval_episodes"
+    free += " deterministic compile"
     for name, value in asdict(args).items():
         old, flag = getattr(before, name), f"--{name.replace('_', '-')}"
         same = name in free.split() or value == old

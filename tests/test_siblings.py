@@ -74,7 +74,7 @@ DIFFERENCES = {
     "make_agent": ("atari", "arguments of its Agent"),
 }
 # Resuming, evaluation and videos take as many lines as the algorithm; each script has to bring its own.
-MAX_LINES, MAX_FUNCTION, MAX_TRAIN, MAX_COLUMNS, MAX_NESTING = 870, 50, 59, 110, 3
+MAX_LINES, MAX_FUNCTION, MAX_TRAIN, MAX_COLUMNS, MAX_NESTING = 880, 50, 59, 110, 3
 
 
 def path_of(script: str) -> Path:
