@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import speed
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +39,15 @@ STUDIES = {
             "--total-timesteps 200000 --gamma 0.9 --learning-rate 1e-3 --no-clip-vloss",
         ),
         ("ppo_kl_penalty.py", "CartPole-v1", 3, "--total-timesteps 150000"),
+    ],
+    "pong": [
+        (
+            "ppo_atari.py",
+            "PongNoFrameskip-v4",
+            1,
+            "--total-timesteps 1500160 --precision bf16 --num-envs 16 --learning-rate 5e-4"
+            " --num-minibatches 16 --no-clip-vloss",
+        ),
     ],
 }
 
@@ -101,15 +111,27 @@ def summarize(run_dir: Path, command: str, points: int = 200) -> dict[str, objec
     }
 
 
-def main(study: str, /, workers: int = os.cpu_count() or 1) -> None:
+def main(
+    study: str,
+    /,
+    workers: int = os.cpu_count() or 1,
+    rounds: int = 5,
+    baseline: str = sys.executable,
+    cleanrl: str = "cleanrl",
+) -> None:
     """Train every run of a study that has no result yet.
 
     Args:
-        study: its name, or all.
+        study: its name, or all; or speed, which measures steps per second beside CleanRL's.
         workers: runs at a time, each with one thread.
+        rounds: of the speed measurement, each with one run of every side.
+        baseline: Python interpreter for CleanRL, with the packages that it needs.
+        cleanrl: a checkout of CleanRL.
     """
+    if study == "speed":
+        return speed.main(rounds, baseline, str(Path(cleanrl).resolve()))
     if study not in (*STUDIES, "all"):
-        sys.exit(f"error: no study {study}; there are {', '.join(STUDIES)} and all")
+        sys.exit(f"error: no study {study}; there are {', '.join(STUDIES)}, all and speed")
     names = STUDIES if study == "all" else [study]
     runs = [
         Run(name, script, env_id, seed, flags)

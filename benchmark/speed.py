@@ -1,0 +1,113 @@
+"""How fast the scripts train, beside CleanRL on the same machine: `python benchmark/run.py speed`.
+
+Every contest runs all sides one after the other, several rounds of that, on an otherwise idle machine.
+Speed is read from TensorBoard: environment steps per second of wall clock, everything included, between the
+end of a burn-in (compiling, warming up) and the end of the run. Peak memory is that of the process.
+"""
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmark" / "results" / "speed"
+
+# contest: {side: command}; {baseline} is an interpreter with CleanRL's packages, {cleanrl} a checkout of it
+CONTESTS = {
+    "HalfCheetah": {
+        "ours": "{python} {root}/ppo_continuous.py --env-id HalfCheetah-v5 --total-timesteps 30720",
+        "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_continuous_action.py --env-id HalfCheetah-v4"
+        " --total-timesteps 14336 --no-cuda",
+    },
+    "Hopper": {
+        "ours": "{python} {root}/ppo_continuous.py --env-id Hopper-v5 --total-timesteps 30720",
+        "KL penalty": "{python} {root}/ppo_kl_penalty.py --env-id Hopper-v5 --total-timesteps 30720",
+        "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_continuous_action.py --env-id Hopper-v4"
+        " --total-timesteps 14336 --no-cuda",
+    },
+    "Pong": {
+        "ours": "{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 9216",
+        "ours, fp32": "{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 6144"
+        " --precision fp32 --no-compile",
+        "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_atari.py --env-id PongNoFrameskip-v4"
+        " --total-timesteps 5120 --no-cuda",
+    },
+}
+BURN_IN = 3  # iterations
+
+
+@dataclass(frozen=True)
+class Measurement:
+    steps_per_second: float
+    peak_megabytes: float
+
+
+def measure(command: str, folder: Path, environment: dict[str, str]) -> Measurement:
+    """Runs a command in an empty folder and reads what it wrote below runs/."""
+    process = subprocess.Popen(
+        shlex.split(command), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    output = process.stdout.read().decode(errors="replace")
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{command}\n{output[-2000:]}")
+    (events,) = folder.glob("runs/*/events.out.tfevents.*")
+    points = EventAccumulator(str(events)).Reload().Scalars("charts/SPS")
+    first, last = points[BURN_IN - 1], points[-1]
+    rate = (last.step - first.step) / (last.wall_time - first.wall_time)
+    return Measurement(rate, usage.ru_maxrss / 1024)
+
+
+def main(rounds: int, baseline: str, cleanrl: str) -> None:
+    environment = os.environ | {"PYTHONPATH": cleanrl, "PYTHONWARNINGS": "ignore"}
+    words = {"python": sys.executable, "root": ROOT, "baseline": baseline, "cleanrl": cleanrl}
+    table = ["| contest | side | steps/s: median (all) | ratio to CleanRL: median | peak memory, MB |"]
+    table.append("|---|---|---|---|---|")
+    report = {
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("torch", "gymnasium", "ale-py", "mujoco", "numpy")},
+        "burn_in_iterations": BURN_IN,
+        "contests": {},
+    }
+    for contest, sides in CONTESTS.items():
+        measured = {side: [] for side in sides}
+        for _ in range(rounds):
+            for side, command in sides.items():
+                with tempfile.TemporaryDirectory() as folder:
+                    one = measure(command.format(**words), Path(folder), environment)
+                measured[side].append(one)
+                print(f"{contest}, {side}: {one.steps_per_second:.0f} steps/s", flush=True)
+        report["contests"][contest] = {
+            side: {
+                "command": command.format(**words | {"python": "python", "baseline": "python", "root": "."}),
+                "steps_per_second": [round(one.steps_per_second, 1) for one in measured[side]],
+                "peak_megabytes": [round(one.peak_megabytes) for one in measured[side]],
+            }
+            for side, command in sides.items()
+        }
+        for side, ones in measured.items():
+            rates = [one.steps_per_second for one in ones]
+            pairs = zip(ones, measured["CleanRL"], strict=True)
+            ratios = [one.steps_per_second / base.steps_per_second for one, base in pairs]
+            cells = (
+                contest,
+                side,
+                f"{statistics.median(rates):.0f} ({', '.join(f'{rate:.0f}' for rate in rates)})",
+            )
+            memory = max(one.peak_megabytes for one in ones)
+            table.append(f"| {' | '.join(cells)} | {statistics.median(ratios):.2f} | {memory:.0f} |")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / "table.md").write_text("\n".join(table) + "\n")
+    print("\n".join(table))
