@@ -34,7 +34,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -78,8 +78,9 @@ class Args(Source):
     exp_name: str = "ppo_atari"  # name of the experiment, part of the default run name
     seed: int = 1  # seed of weights, actions, minibatches and environments
     torch_deterministic: bool = True  # only repeatable cuDNN algorithms
+    compile: bool = True  # torch.compile for acting and learning, and CUDA graphs on a GPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto is a GPU where there is one
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the convolutional networks; all else is float32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the convolutions; auto: bf16 where it is faster
     track: bool = False  # log to Weights & Biases as well, offline where nobody is logged in
     wandb_project_name: str = "ppo"  # project in Weights & Biases
     wandb_entity: str | None = None  # team in Weights & Biases
@@ -280,21 +281,28 @@ def nature_cnn(channels: int) -> nn.Sequential:  # (M, channels, 84, 84) -> (M, 
 class Agent(nn.Module):
     """Policy and value function: two heads on one convolutional network, or on one each."""
 
-    def __init__(self, observation_space: Box, action_space: Discrete, shared_network=True, precision="fp32"):
+    def __init__(self, observation_space: Box, action_space: Discrete, shared_network=True, bf16=False):
         super().__init__()
-        self.bf16 = precision == "bf16"
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.network = nature_cnn(observation_space.shape[0])
         self.value_network = None if shared_network else nature_cnn(observation_space.shape[0])
         self.actor = init(nn.Linear(512, int(action_space.n)), gain=0.01)  # nearly uniform at first
         self.critic = init(nn.Linear(512, 1), gain=1.0)
 
     def forward(self, obs: Tensor) -> tuple[Categorical, Tensor]:  # uint8 (M, *obs) -> π(·|s), V(s) (M,)
-        x = obs.float() / 255.0
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+        x = (obs.to(self.dtype) / 255.0).contiguous(memory_format=torch.channels_last)  # a tenth faster
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             hidden = self.network(x)
             value_hidden = hidden if self.value_network is None else self.value_network(x)
         policy = Categorical(logits=self.actor(hidden.float()))
         return policy, self.critic(value_hidden.float()).squeeze(-1)
+
+    def noise(self, *shape: int) -> Tensor:  # Gumbel (*shape, number of actions)
+        bias = self.actor.bias
+        return -torch.empty(*shape, len(bias), device=bias.device).exponential_().log()
+
+    def sample(self, policy: Categorical, noise: Tensor) -> Tensor:  # (M,)
+        return (policy.logits + noise).argmax(-1)
 
     def value(self, obs: Tensor) -> Tensor:  # (M, *obs) -> V(s) (M,)
         return self(obs)[1]
@@ -313,15 +321,21 @@ class Rollout(NamedTuple):
     dones: Tensor  # (T, N) 1.0 where the episode ended, by termination or by time limit
 
 
+def act(agent: Agent, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Actions (N, *act) sampled with Agent.noise (N, …), their log-probabilities (N,) and V(s) (N,)."""
+    policy, values = agent(obs)
+    actions = agent.sample(policy, noise)
+    return actions, policy.log_prob(actions), values
+
+
 @torch.no_grad()
-def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int) -> tuple[Rollout, Tensor]:
+def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int, act=act) -> tuple[Rollout, Tensor]:
     """Act `num_steps` times in every environment, from `obs` (N, *obs) on; also returns where it got to."""
     device = obs.device
     acted, followed, cut_values = [], [], {}
-    for t in range(num_steps):
-        policy, values = agent(obs)
-        actions = policy.sample()
-        acted.append((obs, actions, policy.log_prob(actions), values))
+    for t, noise in enumerate(agent.noise(num_steps, len(obs))):
+        actions, logprobs, values = act(agent, obs, noise)
+        acted.append((obs, actions, logprobs, values))
         step = envs.step(actions.cpu().numpy())
         followed.append((step.rewards, step.terminations, step.dones))
         if step.final_obs is not None:
@@ -339,9 +353,10 @@ def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int) -> tu
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages, [GAE] eq. 16, and returns, their sum with the values; all tensors are (T, N)."""
     deltas = rewards + gamma * next_values * (1.0 - terminations) - values
+    decays = gamma * gae_lambda * (1.0 - dones)
     advantages, last = torch.empty_like(deltas), torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        advantages[t] = last = deltas[t] + gamma * gae_lambda * (1.0 - dones[t]) * last
+        advantages[t] = last = deltas[t] + decays[t] * last
     return advantages, advantages + values
 
 
@@ -383,20 +398,30 @@ def minibatch_loss(agent: Agent, minibatch: list[Tensor], args: Args) -> tuple[T
     return pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss, metrics
 
 
-def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> dict[str, float]:
+def minibatch_gradient(
+    agent: Agent, batch: list[Tensor], rows: Tensor, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of the loss of some rows of the batch: one vector for all parameters, no longer than max_grad_norm."""
+    loss, metrics = minibatch_loss(agent, [x[rows] for x in batch], args)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
+    metrics["losses/grad_norm"] = norm = gradient.norm()
+    metrics = {name: metric.detach() for name, metric in metrics.items()}
+    return gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), metrics
+
+
+def update(
+    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args, gradient=minibatch_gradient
+) -> dict[str, float]:
     """Learn from one rollout in epochs of minibatches; returns what to log, averaged over all of them."""
     advantages, returns = compute_gae(*rollout[3:], args.gamma, args.gae_lambda)  # from the rewards on
     obs, actions, logprobs, _, values, *_ = rollout
     batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, values, advantages, returns)]
-    history = []
+    (parameters,), history = optimizer.param_groups[0]["params"], []
     for _ in range(args.update_epochs):
         for rows in torch.randperm(args.batch_size, device=obs.device).split(args.minibatch_size):
-            loss, metrics = minibatch_loss(agent, [x[rows] for x in batch], args)
-            optimizer.zero_grad()
-            loss.backward()
-            metrics["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            parameters.grad, metrics = gradient(agent, batch, rows, args)
             optimizer.step()
-            history.append(torch.stack([metric.detach() for metric in metrics.values()]))
+            history.append(torch.stack(list(metrics.values())))
         if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
             break
     means = dict(zip(metrics, torch.stack(history).mean(0).tolist(), strict=True))
@@ -664,10 +689,12 @@ class Logger:
         self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
         self.wandb = init_wandb(args, self.dir) if args.track else None
         self.status, self.printed = "no steps taken", time.monotonic()
+        self.times, self.profile = Counter(), []  # seconds in this iteration, microseconds per step in each
         since = f" from step {self.step:,} on" if self.step else ""
         print(f"training on {args.env_id}{since}, written to {self.dir}", flush=True)
         steps = {"total": args.num_iterations * args.batch_size, "initial": self.step, "unit": " steps"}
         self.bar = tqdm(**steps, unit_scale=True, file=sys.stdout, disable=None)  # no pipe
+        self.bar.set_postfix_str("compiling" if args.compile else "")
 
     def state_dict(self) -> dict[str, object]:
         returns = list(self.returns)
@@ -701,8 +728,13 @@ class Logger:
         if bad:
             advice = "try a lower --learning-rate or --max-grad-norm, or fewer --update-epochs"
             raise FloatingPointError(f"{bad} became NaN or infinite before step {step:,}; {advice}")
-        self.step, seconds = step, self.seconds()
-        self.log(step, metrics | {"charts/SPS": step / seconds})
+        seconds, env, rollout, learn = self.seconds(), *(self.times[x] for x in ("env", "rollout", "update"))
+        times = {"time/env": env, "time/act": rollout - env, "time/update": learn}  # in microseconds per step
+        times = {name: 1e6 * x / (step - self.step) for name, x in times.items()}
+        self.profile.append(times)
+        self.times.clear()
+        self.step = step
+        self.log(step, metrics | times | {"charts/SPS": step / seconds})
         self.bar.set_postfix_str(f"return {self.mean_return():.2f}" if self.returns else "", refresh=False)
         self.bar.update(step - self.bar.n)
         returns = f"mean return {self.mean_return():.2f} of the last {len(self.returns)} episodes"
@@ -710,6 +742,15 @@ class Logger:
         self.status = f"step {step:,}: {returns}, {step / seconds:,.0f} steps/s, {seconds / 60:.1f} min"
         if self.bar.disable and time.monotonic() - self.printed > 5.0:
             self.print_status()
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        def call(*inputs):
+            start = time.perf_counter()
+            outputs = function(*inputs)
+            self.times[name] += time.perf_counter() - start
+            return outputs
+
+        return call
 
     def print_status(self) -> None:
         if self.status:
@@ -743,6 +784,9 @@ class Logger:
     def close(self) -> None:
         self.bar.close()
         self.print_status()
+        if self.profile:
+            medians = {name: np.median([times[name] for times in self.profile]) for name in self.profile[0]}
+            print("µs per step:", ", ".join(f"{name[5:]} {median:.1f}" for name, median in medians.items()))
         self.csv.close()
         self.tensorboard.close()
         checkpoint = self.dir / "checkpoints" / "last.pt"
@@ -812,7 +856,52 @@ def set_up(args: Args) -> torch.device:
 
 
 def make_agent(args: Args, envs: Envs) -> Agent:
-    return Agent(envs.observation_space, envs.action_space, args.shared_network, args.precision)
+    device = resolve_device(args.device)
+    if args.precision == "auto":  # emulated bf16 would be slower than float32
+        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        bf16 = on_gpu or (device.type == "cpu" and on_cpu)
+    else:
+        bf16 = args.precision == "bf16"
+    return Agent(envs.observation_space, envs.action_space, args.shared_network, bf16)
+
+
+def make_optimizer(agent: Agent, args: Args) -> torch.optim.Optimizer:
+    """Adam of one vector, of which all parameters of the agent become views: one call for all of them."""
+    vector = nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
+    nn.utils.vector_to_parameters(vector, agent.parameters())
+    return torch.optim.Adam([nn.Parameter(vector)], lr=args.learning_rate, eps=1e-5, fused=True)
+
+
+def compiled(function: Callable, device: torch.device) -> Callable:
+    """By torch.compile, into a CUDA graph on a GPU; the function itself, with a warning, where that fails."""
+    cuda, fast = device.type == "cuda", None
+
+    def call(*inputs):
+        nonlocal fast
+        try:
+            if fast is None:
+                torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradient become one graph
+                mode = "reduce-overhead" if cuda else None
+                fast = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+            outputs = fast(*inputs)
+        except Exception as error:  # no compiler, or one that cannot cope
+            if fast is function:
+                raise
+            tqdm.write(f"slower without torch.compile: {one_line(error)}")
+            fast = function
+            return function(*inputs)
+        # the next replay of a CUDA graph overwrites what this one returned
+        return torch.utils._pytree.tree_map(torch.clone, outputs) if cuda else outputs
+
+    return call
+
+
+def accelerate(args: Args, device: torch.device) -> tuple[Callable, Callable]:
+    """act() and minibatch_gradient(), or with --compile what does the same faster."""
+    if not args.compile:
+        return act, minibatch_gradient
+    return compiled(act, device), compiled(minibatch_gradient, device)
 
 
 def train(args: Args) -> float:
@@ -822,19 +911,22 @@ def train(args: Args) -> float:
     device = set_up(args)
     with closing(Envs(args, args.num_envs, [args.seed, iteration])) as envs:
         agent = make_agent(args, envs).to(device)
-        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+        optimizer = make_optimizer(agent, args)
+        fast_act, fast_gradient = accelerate(args, device)
         if checkpoint:
             restore(checkpoint, args, agent=agent, optimizer=optimizer, envs=envs)
         with closing(Logger(args, checkpoint and checkpoint["logger"])) as logger, noted_signals() as signals:
             checkpoints = Checkpoints(args, logger, agent=agent, optimizer=optimizer, envs=envs)
             checkpoints.save(iteration)
+            collect, learn = logger.timed("rollout", collect_rollout), logger.timed("update", update)
+            envs.step = logger.timed("env", envs.step)
             obs = torch.from_numpy(envs.reset()).to(device)
             while iteration < args.num_iterations and not signals and not logger.solved(args.target_return):
                 left = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
                 optimizer.param_groups[0]["lr"] = args.learning_rate * left
-                rollout, obs = collect_rollout(agent, envs, obs, args.num_steps)
+                rollout, obs = collect(agent, envs, obs, args.num_steps, fast_act)
                 logger.log_episodes(envs.finished)
-                logger.log_iteration(envs.num_steps, update(agent, optimizer, rollout, args))
+                logger.log_iteration(envs.num_steps, learn(agent, optimizer, rollout, args, fast_gradient))
                 iteration += 1
                 checkpoints.after(iteration)
             checkpoints.save(iteration)

@@ -34,7 +34,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -76,6 +76,7 @@ class Args(Source):
     exp_name: str = "ppo_continuous"  # name of the experiment, part of the default run name
     seed: int = 1  # seed of weights, actions, minibatches and environments
     torch_deterministic: bool = True  # only repeatable cuDNN algorithms
+    compile: bool = True  # torch.compile for acting and learning, and CUDA graphs on a GPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto is the CPU, faster for networks this small
     track: bool = False  # log to Weights & Biases as well, offline where nobody is logged in
     wandb_project_name: str = "ppo"  # project in Weights & Biases
@@ -168,6 +169,13 @@ class Step(NamedTuple):
     final_obs: np.ndarray | None  # (N, *obs) valid only where a time limit cut the episode
 
 
+class QuietSyncVectorEnv(gym.vector.SyncVectorEnv):
+    """Leaves out infos that nobody reads: collecting them takes 10 to 20 µs a step."""
+
+    def _add_info(self, vector_infos: dict, env_info: dict, env_num: int) -> dict:
+        return super()._add_info(vector_infos, env_info, env_num) if "final_obs" in env_info else vector_infos
+
+
 class Envs:
     """N environments stepped together; all that is special about a simulator stays in here.
 
@@ -186,7 +194,7 @@ class Envs:
         rendering = {"render_mode": "rgb_array"} if videos or args.render else {}
         if rendering and sys.platform == "linux" and "DISPLAY" not in os.environ:
             os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display, but not by default
-        vectorize = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
+        vectorize = gym.vector.AsyncVectorEnv if args.async_envs else QuietSyncVectorEnv
         try:
             self.envs = vectorize([make_env] * num_envs, copy=False, autoreset_mode="SameStep")
         except (gym.error.Error, ImportError, ValueError) as error:
@@ -203,13 +211,13 @@ class Envs:
         self.close = self.envs.close
         self.num_envs, self.training, self.gamma = num_envs, training, args.gamma
         self.seeds = np.random.SeedSequence(seed).generate_state(num_envs).tolist()
-        self.return_stats = RunningMeanStd(())
+        self.return_stats = [0.0, 0.0, 1.0]  # number, mean and variance of all discounted returns so far
         self.num_steps = 0  # taken in all environments together
         self.finished: list[tuple[int, float, int]] = []  # (num_steps at its end, return, length) per episode
 
     def reset(self) -> np.ndarray:  # (N, *obs)
         self.episodic_returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=int)
-        self.discounted_returns = torch.zeros(self.num_envs)
+        self.discounted_returns = np.zeros(self.num_envs)
         return self.envs.reset(seed=self.seeds)[0].astype(np.float32)
 
     def step(self, actions: np.ndarray) -> Step:  # (N, *act)
@@ -229,21 +237,24 @@ class Envs:
             final_obs = np.zeros_like(obs)
             final_obs[cut] = np.stack(infos["final_obs"][cut])
         if self.training:
-            rewards = self.scale(torch.from_numpy(rewards), torch.from_numpy(dones)).numpy()
+            rewards = self.scale(rewards, dones)
         return Step(obs, rewards, terminations, dones, final_obs)
 
-    def scale(self, rewards: Tensor, dones: Tensor) -> Tensor:  # (N,)
+    def scale(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:  # (N,)
         self.discounted_returns = self.discounted_returns * self.gamma + rewards
-        self.return_stats.update(self.discounted_returns)
+        count, mean, var = self.return_stats
+        delta, weight = self.discounted_returns.mean() - mean, self.num_envs / (count + self.num_envs)
+        var += (self.discounted_returns.var() - var) * weight + delta**2 * weight * (1.0 - weight)
+        self.return_stats = [count + self.num_envs, float(mean + delta * weight), float(var)]
         self.discounted_returns[dones] = 0.0
-        return (rewards / (self.return_stats.var + 1e-8).sqrt()).clamp(-10.0, 10.0)
+        return (rewards / np.sqrt(var + 1e-8)).clip(-10.0, 10.0).astype(np.float32)
 
     def state_dict(self) -> dict[str, object]:
-        return {"num_steps": self.num_steps, "return_stats": self.return_stats.state_dict()}
+        return {"num_steps": self.num_steps, "return_stats": self.return_stats}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         self.num_steps = state["num_steps"]
-        self.return_stats.load_state_dict(state["return_stats"])
+        self.return_stats = state["return_stats"]
 
 
 def show(envs: gym.vector.VectorEnv, args: Args, videos: Path | None) -> gym.vector.VectorEnv:
@@ -282,6 +293,12 @@ class Agent(nn.Module):
         policy = Independent(Normal(mean, std), 1)
         return policy, self.critic(x).squeeze(-1)
 
+    def noise(self, *shape: int) -> Tensor:  # standard normal (*shape, *act)
+        return torch.randn(*shape, len(self.log_std), device=self.log_std.device)
+
+    def sample(self, policy: Independent, noise: Tensor) -> Tensor:  # (M, *act)
+        return policy.mean + policy.stddev * noise
+
     def value(self, obs: Tensor) -> Tensor:  # (M, *obs) -> V(s) (M,)
         return self(obs)[1]
 
@@ -299,15 +316,38 @@ class Rollout(NamedTuple):
     dones: Tensor  # (T, N) 1.0 where the episode ended, by termination or by time limit
 
 
+def act(agent: Agent, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Actions (N, *act) sampled with Agent.noise (N, …), their log-probabilities (N,) and V(s) (N,)."""
+    policy, values = agent(obs)
+    actions = agent.sample(policy, noise)
+    return actions, policy.log_prob(actions), values
+
+
+def propagate(network: nn.Sequential, x: np.ndarray) -> np.ndarray:  # (N, inputs) -> (N, outputs)
+    for layer in network:
+        x = np.tanh(x) if isinstance(layer, nn.Tanh) else x @ layer.weight.numpy().T + layer.bias.numpy()
+    return x
+
+
+def act_in_numpy(agent: Agent, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As act(), on a CPU, where calling PyTorch takes longer than computing networks this small."""
+    mean, var, log_std = (x.numpy() for x in (agent.normalize.mean, agent.normalize.var, agent.log_std))
+    x = ((obs.numpy() - mean) / np.sqrt(var + 1e-8)).clip(-10.0, 10.0)
+    output, values, noise = propagate(agent.actor, x), propagate(agent.critic, x)[:, 0], noise.numpy()
+    actions = output + np.exp(log_std) * noise
+    z = (actions - output) / np.exp(log_std)  # of the action as it was rounded
+    logprobs = (-0.5 * z**2 - log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)
+    return tuple(torch.from_numpy(x) for x in (actions, logprobs, values))
+
+
 @torch.no_grad()
-def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int) -> tuple[Rollout, Tensor]:
+def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int, act=act) -> tuple[Rollout, Tensor]:
     """Act `num_steps` times in every environment, from `obs` (N, *obs) on; also returns where it got to."""
     device = obs.device
     acted, followed, cut_values = [], [], {}
-    for t in range(num_steps):
-        policy, values = agent(obs)
-        actions = policy.sample()
-        acted.append((obs, actions, policy.log_prob(actions), values))
+    for t, noise in enumerate(agent.noise(num_steps, len(obs))):
+        actions, logprobs, values = act(agent, obs, noise)
+        acted.append((obs, actions, logprobs, values))
         step = envs.step(actions.cpu().numpy())
         followed.append((step.rewards, step.terminations, step.dones))
         if step.final_obs is not None:
@@ -325,9 +365,10 @@ def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int) -> tu
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages, [GAE] eq. 16, and returns, their sum with the values; all tensors are (T, N)."""
     deltas = rewards + gamma * next_values * (1.0 - terminations) - values
+    decays = gamma * gae_lambda * (1.0 - dones)
     advantages, last = torch.empty_like(deltas), torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        advantages[t] = last = deltas[t] + gamma * gae_lambda * (1.0 - dones[t]) * last
+        advantages[t] = last = deltas[t] + decays[t] * last
     return advantages, advantages + values
 
 
@@ -369,21 +410,31 @@ def minibatch_loss(agent: Agent, minibatch: list[Tensor], args: Args) -> tuple[T
     return pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss, metrics
 
 
-def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> dict[str, float]:
+def minibatch_gradient(
+    agent: Agent, batch: list[Tensor], rows: Tensor, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of the loss of some rows of the batch: one vector for all parameters, no longer than max_grad_norm."""
+    loss, metrics = minibatch_loss(agent, [x[rows] for x in batch], args)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
+    metrics["losses/grad_norm"] = norm = gradient.norm()
+    metrics = {name: metric.detach() for name, metric in metrics.items()}
+    return gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), metrics
+
+
+def update(
+    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args, gradient=minibatch_gradient
+) -> dict[str, float]:
     """Learn from one rollout in epochs of minibatches; returns what to log, averaged over all of them."""
     advantages, returns = compute_gae(*rollout[3:], args.gamma, args.gae_lambda)  # from the rewards on
     obs, actions, logprobs, _, values, *_ = rollout
     batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, values, advantages, returns)]
-    history = []
+    (parameters,), history = optimizer.param_groups[0]["params"], []
     for _ in range(args.update_epochs):
         for rows in torch.randperm(args.batch_size, device=obs.device).split(args.minibatch_size):
-            loss, metrics = minibatch_loss(agent, [x[rows] for x in batch], args)
-            optimizer.zero_grad()
-            loss.backward()
-            metrics["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            parameters.grad, metrics = gradient(agent, batch, rows, args)
             optimizer.step()
             agent.log_std.data.clamp_(-20.0, 2.0)  # after the step, so that its gradient never vanishes
-            history.append(torch.stack([metric.detach() for metric in metrics.values()]))
+            history.append(torch.stack(list(metrics.values())))
         if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
             break
     agent.normalize.update(obs.flatten(0, 1))  # not before: both policies of the ratio see the same input
@@ -652,10 +703,12 @@ class Logger:
         self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
         self.wandb = init_wandb(args, self.dir) if args.track else None
         self.status, self.printed = "no steps taken", time.monotonic()
+        self.times, self.profile = Counter(), []  # seconds in this iteration, microseconds per step in each
         since = f" from step {self.step:,} on" if self.step else ""
         print(f"training on {args.env_id}{since}, written to {self.dir}", flush=True)
         steps = {"total": args.num_iterations * args.batch_size, "initial": self.step, "unit": " steps"}
         self.bar = tqdm(**steps, unit_scale=True, file=sys.stdout, disable=None)  # no pipe
+        self.bar.set_postfix_str("compiling" if args.compile else "")
 
     def state_dict(self) -> dict[str, object]:
         returns = list(self.returns)
@@ -689,8 +742,13 @@ class Logger:
         if bad:
             advice = "try a lower --learning-rate or --max-grad-norm, or fewer --update-epochs"
             raise FloatingPointError(f"{bad} became NaN or infinite before step {step:,}; {advice}")
-        self.step, seconds = step, self.seconds()
-        self.log(step, metrics | {"charts/SPS": step / seconds})
+        seconds, env, rollout, learn = self.seconds(), *(self.times[x] for x in ("env", "rollout", "update"))
+        times = {"time/env": env, "time/act": rollout - env, "time/update": learn}  # in microseconds per step
+        times = {name: 1e6 * x / (step - self.step) for name, x in times.items()}
+        self.profile.append(times)
+        self.times.clear()
+        self.step = step
+        self.log(step, metrics | times | {"charts/SPS": step / seconds})
         self.bar.set_postfix_str(f"return {self.mean_return():.2f}" if self.returns else "", refresh=False)
         self.bar.update(step - self.bar.n)
         returns = f"mean return {self.mean_return():.2f} of the last {len(self.returns)} episodes"
@@ -698,6 +756,15 @@ class Logger:
         self.status = f"step {step:,}: {returns}, {step / seconds:,.0f} steps/s, {seconds / 60:.1f} min"
         if self.bar.disable and time.monotonic() - self.printed > 5.0:
             self.print_status()
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        def call(*inputs):
+            start = time.perf_counter()
+            outputs = function(*inputs)
+            self.times[name] += time.perf_counter() - start
+            return outputs
+
+        return call
 
     def print_status(self) -> None:
         if self.status:
@@ -731,6 +798,9 @@ class Logger:
     def close(self) -> None:
         self.bar.close()
         self.print_status()
+        if self.profile:
+            medians = {name: np.median([times[name] for times in self.profile]) for name in self.profile[0]}
+            print("µs per step:", ", ".join(f"{name[5:]} {median:.1f}" for name, median in medians.items()))
         self.csv.close()
         self.tensorboard.close()
         checkpoint = self.dir / "checkpoints" / "last.pt"
@@ -804,6 +874,45 @@ def make_agent(args: Args, envs: Envs) -> Agent:
     return Agent(envs.observation_space, envs.action_space)
 
 
+def make_optimizer(agent: Agent, args: Args) -> torch.optim.Optimizer:
+    """Adam of one vector, of which all parameters of the agent become views: one call for all of them."""
+    vector = nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
+    nn.utils.vector_to_parameters(vector, agent.parameters())
+    return torch.optim.Adam([nn.Parameter(vector)], lr=args.learning_rate, eps=1e-5, fused=True)
+
+
+def compiled(function: Callable, device: torch.device) -> Callable:
+    """By torch.compile, into a CUDA graph on a GPU; the function itself, with a warning, where that fails."""
+    cuda, fast = device.type == "cuda", None
+
+    def call(*inputs):
+        nonlocal fast
+        try:
+            if fast is None:
+                torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradient become one graph
+                mode = "reduce-overhead" if cuda else None
+                fast = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+            outputs = fast(*inputs)
+        except Exception as error:  # no compiler, or one that cannot cope
+            if fast is function:
+                raise
+            tqdm.write(f"slower without torch.compile: {one_line(error)}")
+            fast = function
+            return function(*inputs)
+        # the next replay of a CUDA graph overwrites what this one returned
+        return torch.utils._pytree.tree_map(torch.clone, outputs) if cuda else outputs
+
+    return call
+
+
+def accelerate(args: Args, device: torch.device) -> tuple[Callable, Callable]:
+    """act() and minibatch_gradient(), or with --compile what does the same faster."""
+    if not args.compile:
+        return act, minibatch_gradient
+    fast_act = act_in_numpy if device.type == "cpu" else compiled(act, device)
+    return fast_act, compiled(minibatch_gradient, device)
+
+
 def train(args: Args) -> float:
     """[PPO] algorithm 1; returns the mean return of the last 100 episodes."""
     checkpoint = checkpoint_to_resume(args)
@@ -811,19 +920,22 @@ def train(args: Args) -> float:
     device = set_up(args)
     with closing(Envs(args, args.num_envs, [args.seed, iteration])) as envs:
         agent = make_agent(args, envs).to(device)
-        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+        optimizer = make_optimizer(agent, args)
+        fast_act, fast_gradient = accelerate(args, device)
         if checkpoint:
             restore(checkpoint, args, agent=agent, optimizer=optimizer, envs=envs)
         with closing(Logger(args, checkpoint and checkpoint["logger"])) as logger, noted_signals() as signals:
             checkpoints = Checkpoints(args, logger, agent=agent, optimizer=optimizer, envs=envs)
             checkpoints.save(iteration)
+            collect, learn = logger.timed("rollout", collect_rollout), logger.timed("update", update)
+            envs.step = logger.timed("env", envs.step)
             obs = torch.from_numpy(envs.reset()).to(device)
             while iteration < args.num_iterations and not signals and not logger.solved(args.target_return):
                 left = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
                 optimizer.param_groups[0]["lr"] = args.learning_rate * left
-                rollout, obs = collect_rollout(agent, envs, obs, args.num_steps)
+                rollout, obs = collect(agent, envs, obs, args.num_steps, fast_act)
                 logger.log_episodes(envs.finished)
-                logger.log_iteration(envs.num_steps, update(agent, optimizer, rollout, args))
+                logger.log_iteration(envs.num_steps, learn(agent, optimizer, rollout, args, fast_gradient))
                 iteration += 1
                 checkpoints.after(iteration)
             checkpoints.save(iteration)

@@ -1,5 +1,10 @@
 """Settings of all tests."""
 
+import os
+
+# Compiling takes longer than most tests; tests/test_fast.py turns it on again.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
 import torch
 
 # As the vector scripts do in train(), or it would depend on the order of the tests; and threads that wait for

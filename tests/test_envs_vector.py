@@ -349,6 +349,12 @@ class KnownValue:
     def __init__(self, discrete: bool = False):
         self.discrete = discrete
 
+    def noise(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(*shape)
+
+    def sample(self, policy, noise: torch.Tensor) -> torch.Tensor:
+        return policy.sample()
+
     def value(self, obs: torch.Tensor) -> torch.Tensor:
         return obs @ torch.tensor([100.0, 10.0, 1.0])
 
@@ -438,7 +444,7 @@ def test_critic_learns_the_value_of_an_endless_task(script):
     args = script.Args(learning_rate=2e-2, gamma=0.9, max_grad_norm=100.0, **sizes, **unclipped)
     with closing(make_envs(script, "Forever-v0", num_envs=2)) as envs:
         agent = script.Agent(envs.observation_space, envs.action_space)
-        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
+        optimizer = script.make_optimizer(agent, args)
         obs = torch.from_numpy(envs.reset())
         for _ in range(15):
             rollout, obs = script.collect_rollout(agent, envs, obs, args.num_steps)

@@ -21,12 +21,12 @@ TINY_RUNS = {
 
 
 def tiny_run(script, folder, name: str, **args) -> tuple[list[str], dict[str, list[tuple[int, float]]]]:
-    """Episodes without their wall time, and all scalars but the speed, as (step, value)."""
+    """Episodes without their wall time, and all scalars but speed and times, as (step, value)."""
     script.train(script.Args(**TINY | TINY_RUNS[script] | args, run_name=name))
     rows = (folder / "runs" / name / "episodes.csv").read_text().splitlines()
     episodes = [",".join(row.split(",")[:1] + row.split(",")[2:]) for row in rows]
     reader = EventAccumulator(str(folder / "runs" / name)).Reload()
-    tags = [tag for tag in reader.Tags()["scalars"] if tag != "charts/SPS"]
+    tags = [tag for tag in reader.Tags()["scalars"] if not tag.startswith(("charts/SPS", "time/"))]
     return episodes, {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in tags}
 
 
@@ -176,8 +176,8 @@ def test_categorical_policy_balances_a_pole(train):
 
 
 PICTURE_RUNS = {
-    "shared": {},
-    "separate": {"shared_network": False},
+    "shared": {"precision": "fp32"},
+    "separate": {"precision": "fp32", "shared_network": False},
     "bf16": {"precision": "bf16"},
 }
 
@@ -191,7 +191,7 @@ def test_atari_agent_tells_pictures_apart(monkeypatch, train, args):
         agent.network.register_forward_hook(lambda module, inputs, output: precisions.add(output.dtype))
 
     mean_return, agent = train(ppo_atari, prepare, total_timesteps=1280, **SMALL_PICTURES, **args)
-    assert precisions == {torch.bfloat16 if "precision" in args else torch.float32}
+    assert precisions == {torch.bfloat16 if args["precision"] == "bf16" else torch.float32}
     policy, values = act(agent, torch.from_numpy(Pictures.both))
     assert policy.probs.diagonal().min() > 0.7
     assert mean_return > 0.2  # 0.5 at best

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pty
+import re
 import select
 import struct
 import subprocess
@@ -20,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import wandb
@@ -49,6 +51,7 @@ LOSSES = {
     "charts/learning_rate",
     "charts/SPS",
 }
+TIMES = {"time/env", "time/act", "time/update"}
 EPISODES = {"charts/episodic_return", "charts/episodic_length"}
 
 
@@ -141,7 +144,7 @@ def test_lengths_add_up_to_the_steps_taken(run):
 
 
 def test_tensorboard_has_every_metric(run):
-    expected = LOSSES | (set() if run.script is ppo_atari else EPISODES)
+    expected = LOSSES | TIMES | (set() if run.script is ppo_atari else EPISODES)
     expected |= {"losses/kl", "charts/kl_coef"} if run.script is ppo_kl_penalty else {"losses/clipfrac"}
     assert scalars(run.folder).keys() == expected
 
@@ -167,6 +170,26 @@ def test_speed_is_steps_per_second(run):
     assert 0.0 < seconds[0] and seconds == sorted(seconds)
 
 
+def test_times_add_up_to_the_time_it_took(run):
+    """Microseconds per step, each of its own iteration; what is left out is logging and checkpoints."""
+    found = scalars(run.folder)
+    parts = [[1e-6 * run.args.batch_size * value for _, value in found[key]] for key in sorted(TIMES)]
+    assert all(part > 0.0 for part in itertools.chain(*parts))
+    spent = list(itertools.accumulate(map(sum, zip(*parts, strict=True))))
+    seconds = [step / value for step, value in found["charts/SPS"]]
+    assert all(part < whole for part, whole in zip(spent, seconds, strict=True))
+    assert spent[-1] > 0.3 * seconds[-1]
+
+
+def test_the_last_line_tells_the_median_times(run):
+    found = scalars(run.folder)
+    medians = {key: np.median([value for _, value in found[key]]) for key in TIMES}
+    *_, last = run.stdout.splitlines()
+    numbers = re.fullmatch(r"µs per step: env ([\d.]+), act ([\d.]+), update ([\d.]+)", last).groups()
+    expected = [medians[key] for key in ("time/env", "time/act", "time/update")]
+    assert [float(number) for number in numbers] == pytest.approx(expected, abs=0.051, rel=1e-5)
+
+
 def test_train_returns_the_mean_return(run):
     returns = [row["return"] for row in episodes(run.folder)]
     expected = sum(returns[-100:]) / len(returns[-100:]) if returns else math.nan
@@ -175,11 +198,12 @@ def test_train_returns_the_mean_return(run):
 
 def test_on_a_pipe_progress_is_plain_lines(run):
     assert run.stderr == ""
-    first, *_, last = run.stdout.splitlines()
+    first, *_, last, times = run.stdout.splitlines()
     assert run.args.env_id in first and str(Path("runs", "test")) in first
     returns = "no episode has ended yet" if run.script is ppo_atari else "mean return "
     assert last.startswith(f"step {run.args.total_timesteps:,}: {returns}")
     assert run.stdout.count(last) == 1
+    assert times.startswith("µs per step: ")
     assert "\r" not in run.stdout and "\x1b" not in run.stdout
 
 
@@ -336,7 +360,7 @@ def test_wandb_without_a_login_is_offline_and_asks_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "runs"]
     (folder,) = (tmp_path / "runs" / "test" / "wandb").glob("offline-run-*")
     (log,) = (file.read_bytes() for file in folder.glob("run-*.wandb"))
-    for key in (*LOSSES, *EPISODES, "losses/kl", "charts/kl_coef", "global_step"):
+    for key in (*LOSSES, *TIMES, *EPISODES, "losses/kl", "charts/kl_coef", "global_step"):
         assert key.encode() in log
     assert "wandb sync" in output  # the command that uploads it
     assert "480/480" in output  # on a terminal there is a progress bar

@@ -1,0 +1,502 @@
+"""Whatever is there to be fast gives what the plain version gives: NumPy, one vector, torch.compile."""
+
+import copy
+import io
+import itertools
+import math
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo
+import torch._inductor.config
+from fakes import (
+    ATARI,
+    CASES,
+    GAUSSIAN_CASES,
+    KL_BOX,
+    KL_CASES,
+    KL_DISCRETE,
+    MLP_CASES,
+    SCRIPTS,
+    make_agent,
+    make_args,
+    make_rollout,
+    over_cases,
+    over_scripts,
+    random_obs,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.distributions import Categorical, Independent, Normal, kl_divergence
+
+import ppo_atari
+import ppo_continuous
+import ppo_kl_penalty
+
+CPU = torch.device("cpu")
+over_vector_scripts = over_scripts([ppo_continuous, ppo_kl_penalty])
+
+
+def close(found, expected, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+
+
+def shift(agent, seed: int = 0) -> None:
+    """Every parameter a little."""
+    torch.manual_seed(seed)
+    for parameter in agent.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+
+
+# ---- acting ----
+
+
+@torch.no_grad()
+def expected_logprobs(case, agent, obs, actions) -> np.ndarray:
+    """From the textbook, in float64."""
+    policy, _ = agent(obs)
+    if case in GAUSSIAN_CASES:
+        mean, std, x = (x.double().numpy() for x in (policy.mean, agent.log_std.exp(), actions))
+        return (-0.5 * ((x - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2.0 * np.pi)).sum(-1)
+    powers = np.exp(policy.logits.double().numpy())
+    return np.log((powers / powers.sum(-1, keepdims=True))[np.arange(len(obs)), actions.numpy()])
+
+
+@over_cases(CASES)
+@torch.no_grad()
+def test_act_tells_the_policy_s_log_probabilities_and_values(case):
+    agent, obs = make_agent(case), random_obs(case, 64)
+    actions, logprobs, values = case.script.act(agent, obs, agent.noise(64))
+    np.testing.assert_allclose(logprobs, expected_logprobs(case, agent, obs, actions), rtol=1e-4, atol=1e-4)
+    close(values, agent(obs)[1])
+    assert actions.dtype == (torch.float32 if case in GAUSSIAN_CASES else torch.int64)
+
+
+@over_cases(CASES)
+@torch.no_grad()
+def test_actions_follow_the_policy(case):
+    """Within 5 standard errors, in each of 3 states."""
+    agent, obs, count = make_agent(case), random_obs(case, 3), 20_000
+    policy, _ = agent(obs)
+    noise = agent.noise(count, 3)
+    actions = agent.sample(policy, noise)
+    assert noise.isfinite().all()
+    assert actions.shape == (count, 3, *case.action_space.shape)
+    if case in GAUSSIAN_CASES:
+        mean, std = policy.mean, policy.stddev
+        assert ((actions.mean(0) - mean).abs() < 5.0 * std / math.sqrt(count)).all()
+        assert ((actions.std(0) - std).abs() < 5.0 * std / math.sqrt(2 * count)).all()
+        within = ((actions - mean).abs() < std).float().mean(0)
+        assert ((within - 0.6827).abs() < 5.0 * math.sqrt(0.6827 * 0.3173 / count)).all()
+    else:
+        found = nn.functional.one_hot(actions, 4).float().mean(0)
+        error = 5.0 * (policy.probs * (1.0 - policy.probs) / count).sqrt() + 1.0 / count
+        assert ((found - policy.probs).abs() < error).all()
+        assert (policy.probs - 0.25).abs().max() > 2.0 * error.max()  # so that equal chances would not do
+    rows = actions.flatten(1).double() - actions.flatten(1).double().mean(0)
+    correlation = (rows[:-1] * rows[1:]).mean(0) / rows.square().mean(0).clamp(min=1e-9)
+    assert correlation.abs().max() < 5.0 / math.sqrt(count)  # one draw says nothing of the next
+
+
+def far_statistics(agent) -> None:
+    agent.normalize.mean = torch.tensor([100.0, -3.0, 0.02])
+    agent.normalize.var = torch.tensor([25.0, 1e-3, 4.0])
+
+
+def far_obs(case, count: int) -> torch.Tensor:
+    """Some of the numbers are within ±10 of far_statistics, some are not."""
+    return random_obs(case, count) * torch.tensor([30.0, 0.1, 8.0]) + torch.tensor([20.0, -3.0, 0.0])
+
+
+@over_cases(MLP_CASES)
+@torch.no_grad()
+def test_acting_in_numpy_is_acting(case):
+    """With the weights and statistics of the moment: also those just learnt or loaded."""
+    args, agent = make_args(case.script), make_agent(case)
+    optimizer, seen = case.script.make_optimizer(agent, args), []
+
+    def check() -> None:
+        torch.manual_seed(7)
+        obs, noise = far_obs(case, 64), agent.noise(64)
+        clipped = agent.normalize(obs).abs() == 10.0
+        assert (clipped.any() and not clipped.all()) or agent.normalize.count > 0
+        found, expected = (act(agent, obs, noise) for act in (case.script.act_in_numpy, case.script.act))
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype and one.shape == other.shape
+            close(one, other, rtol=1e-4, atol=1e-4)
+        if case not in GAUSSIAN_CASES:
+            assert torch.equal(found[0], expected[0])
+        seen.append(found[2])
+
+    far_statistics(agent)
+    check()
+    with torch.enable_grad():
+        case.script.update(agent, optimizer, make_rollout(case, agent, args), args)
+    check()
+    other = make_agent(case, seed=1)
+    far_statistics(other)
+    agent.load_state_dict(other.state_dict())
+    check()
+    assert not any(torch.allclose(*pair, rtol=1e-3) for pair in itertools.combinations(seen, 2))
+
+
+@over_vector_scripts
+def test_scaled_rewards_over_many_steps(script):
+    """As in float64 from all discounted returns at once, also where rewards are far from 0."""
+    random, steps, gamma = np.random.default_rng(0), 400, 0.95
+    rewards = random.normal(-20.0, 3.0, (steps, 3)) * np.linspace(0.1, 2.0, steps)[:, None]
+    dones = random.random((steps, 3)) < 0.05
+    discounted, seen = np.zeros(3), []
+    with closing(script.Envs(make_args(script, env_id="Pendulum-v1", gamma=gamma), 3, 0)) as envs:
+        envs.reset()
+        for reward, done in zip(rewards.astype(np.float32), dones, strict=True):
+            discounted = gamma * discounted + reward
+            seen.extend(discounted)
+            expected = np.clip(reward / np.sqrt(np.var(seen) + 1e-8), -10.0, 10.0)
+            found = envs.scale(reward, done)
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+            discounted[done] = 0.0
+
+
+# ---- KL divergence ----
+
+
+def random_policy(case, count: int, scale: float = 1.0):
+    if case is KL_DISCRETE:
+        return Categorical(logits=scale * torch.randn(count, 4))
+    return Independent(Normal(scale * torch.randn(count, 2), (0.5 * torch.randn(count, 2)).exp()), 1)
+
+
+@over_cases(KL_CASES)
+@pytest.mark.parametrize("scale", [0.01, 1.0, 5.0])
+def test_exact_kl_is_that_of_torch(case, scale):
+    torch.manual_seed(0)
+    old, new = random_policy(case, 200, scale), random_policy(case, 200, scale)
+    close(ppo_kl_penalty.exact_kl(old, new), kl_divergence(old, new), rtol=1e-4, atol=1e-5)
+    assert ppo_kl_penalty.exact_kl(old, old).eq(0.0).all()
+
+
+def test_exact_kl_is_finite_where_that_of_torch_is_not():
+    logits = torch.tensor([[0.0, 1000.0, 0.0]], requires_grad=True)
+    old, new = Categorical(logits=torch.tensor([[1000.0, 0.0, 0.0]])), Categorical(logits=logits)
+    kl = ppo_kl_penalty.exact_kl(old, new)
+    assert kl_divergence(old, new).item() == math.inf
+    assert kl.item() == pytest.approx(1000.0)
+    (gradient,) = torch.autograd.grad(kl.sum(), logits)
+    assert gradient.tolist() == [[-1.0, 1.0, 0.0]]  # towards the old policy
+
+
+@pytest.mark.parametrize("old, new", [(-20.0, 2.0), (2.0, -20.0)])
+def test_exact_kl_is_finite_between_the_bounds_of_log_std(old, new):
+    log_std = torch.tensor([new], requires_grad=True)
+    old_policy = Independent(Normal(torch.tensor([1.0]), torch.tensor([old]).exp()), 1)
+    kl = ppo_kl_penalty.exact_kl(old_policy, Independent(Normal(torch.tensor([-1.0]), log_std.exp()), 1))
+    (gradient,) = torch.autograd.grad(kl.sum(), log_std)
+    assert kl.isfinite().all() and gradient.isfinite().all() and gradient.sign().item() == (new - old) / 22.0
+
+
+# ---- one vector of all parameters ----
+
+
+def vector_of(optimizer) -> torch.Tensor:
+    (vector,) = optimizer.param_groups[0]["params"]
+    return vector
+
+
+def assert_shares(agent, optimizer) -> None:
+    """A change of the vector is one of the agent, and the other way round; in the order of parameters()."""
+    vector, pieces = vector_of(optimizer), [parameter.data for parameter in agent.parameters()]
+    assert torch.equal(vector.data, torch.cat([piece.flatten() for piece in pieces]))
+    before = vector.data.clone()
+    vector.data.mul_(2.0)
+    assert torch.equal(2.0 * before, torch.cat([piece.flatten() for piece in pieces]))
+    for piece in pieces:
+        piece.div_(2.0)
+    assert torch.equal(vector.data, before)
+
+
+@over_cases(CASES)
+def test_parameters_are_views_of_one_vector(case):
+    args, agent, same = make_args(case.script), make_agent(case), make_agent(case)
+    optimizer = case.script.make_optimizer(agent, args)
+    assert len(optimizer.param_groups) == 1
+    assert_shares(agent, optimizer)
+    for one, other in zip(agent.parameters(), same.parameters(), strict=True):
+        assert torch.equal(one, other) and one.requires_grad and one.is_leaf
+    assert list(agent.state_dict()) == list(same.state_dict())
+
+
+@over_cases(CASES)
+def test_the_vector_survives_loading(case):
+    """What goes on from saved states is what goes on without a break."""
+    args, agent = make_args(case.script), make_agent(case)
+    optimizer = case.script.make_optimizer(agent, args)
+    rollout = make_rollout(case, agent, args)
+    case.script.update(agent, optimizer, rollout, args)
+    file = io.BytesIO()
+    torch.save([agent.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    loaded = make_agent(case, seed=1)
+    other = case.script.make_optimizer(loaded, args)
+    for part, state in zip((loaded, other), torch.load(file), strict=True):
+        part.load_state_dict(state)
+    assert_shares(loaded, other)
+    for learner, its_optimizer in ((agent, optimizer), (loaded, other)):
+        torch.manual_seed(3)
+        case.script.update(learner, its_optimizer, rollout, args)
+    for name, value in agent.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    assert_shares(loaded, other)
+
+
+def gradient_inputs(case, agent, args, seed: int = 0) -> list[tuple]:
+    """What update() hands to minibatch_gradient() after the agent, for each minibatch; it learns nothing."""
+    inputs, learner = [], copy.deepcopy(agent)
+    optimizer = case.script.make_optimizer(learner, args)
+
+    def note(_, *rest):
+        inputs.append(rest)
+        return torch.zeros_like(vector_of(optimizer)), {"losses/approx_kl": torch.zeros(())}
+
+    case.script.update(learner, optimizer, make_rollout(case, agent, args, seed), args, note)
+    return inputs
+
+
+def backward(case, agent, batch, rows, *rest) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """As everybody does it: fills parameter.grad; returns the norm before clipping, and the metrics."""
+    *old, args = rest
+    old = [case.script.rows_of(old[0], rows), old[1]] if old else []
+    loss, metrics = case.script.minibatch_loss(agent, [x[rows] for x in batch], *old, args)
+    agent.zero_grad()
+    loss.backward()
+    return nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm), metrics
+
+
+@over_cases(CASES)
+@pytest.mark.parametrize("max_grad_norm", [1e-2, 1e6, math.inf])
+def test_minibatch_gradient_is_the_clipped_gradient(case, max_grad_norm):
+    args, agent = make_args(case.script, max_grad_norm=max_grad_norm, ent_coef=0.1), make_agent(case)
+    minibatches = gradient_inputs(case, agent, args)[:3]
+    shift(agent)  # or policy and old policy were the same
+    for inputs in minibatches:
+        gradient, metrics = case.script.minibatch_gradient(agent, *inputs)
+        norm, others = backward(case, agent, *inputs)
+        expected = torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
+        close(gradient, expected, rtol=1e-4, atol=1e-6 * expected.norm().item())
+        assert norm.item() > 0.02
+        assert gradient.norm().item() == pytest.approx(min(norm.item(), max_grad_norm), rel=1e-3)
+        assert metrics.keys() == others.keys() | {"losses/grad_norm"}
+        for name, value in (others | {"losses/grad_norm": norm}).items():
+            close(metrics[name], value.detach())
+        assert not gradient.requires_grad
+        assert not any(metric.requires_grad for metric in metrics.values())
+
+
+@over_cases(CASES)
+def test_one_vector_learns_what_separate_parameters_learn(case):
+    args, agent = make_args(case.script, learning_rate=1e-3), make_agent(case)
+    minibatches = gradient_inputs(case, agent, args)
+    plain = copy.deepcopy(agent)
+    optimizer = case.script.make_optimizer(agent, args)
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-3, eps=1e-5)
+    clipped = []
+    for inputs in minibatches:
+        vector_of(optimizer).grad, metrics = case.script.minibatch_gradient(agent, *inputs)
+        optimizer.step()
+        backward(case, plain, *inputs)
+        adam.step()
+        clipped.append(metrics["losses/grad_norm"].item() > args.max_grad_norm)
+    first = torch.cat([parameter.flatten() for parameter in make_agent(case).parameters()])
+    found, expected = (nn.utils.parameters_to_vector(x.parameters()) for x in (agent, plain))
+    assert any(clipped)
+    assert (expected - first).abs().max() > 5e-3
+    assert (found - expected).norm() < 1e-3 * (expected - first).norm()
+
+
+# ---- where torch.compile fails ----
+
+
+@over_scripts(SCRIPTS)
+def test_without_a_compiler_the_function_itself_is_called(script, monkeypatch, capsys):
+    tries = []
+
+    def no_compiler(*inputs):
+        tries.append(inputs)
+        raise RuntimeError("no C++ compiler\nbut a long\ntrace")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: no_compiler)
+    double = script.compiled(lambda x: 2 * x, CPU)
+    assert tries == []
+    assert [double(x) for x in (1, 2, 3)] == [2, 4, 6]
+    assert tries == [(1,)]
+    out, err = capsys.readouterr()
+    (line,) = (out + err).splitlines()
+    assert line.startswith("slower without torch.compile: ") and "no C++ compiler" in line
+
+
+@over_scripts(SCRIPTS)
+def test_an_error_of_the_function_itself_is_raised(script, monkeypatch):
+    def broken(x):
+        raise ValueError(f"not {x}")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    call = script.compiled(broken, CPU)
+    for x in (1, 2):
+        with pytest.raises(ValueError, match=f"not {x}"):
+            call(x)
+
+
+@over_scripts(SCRIPTS)
+def test_results_of_a_cuda_graph_are_kept(script, monkeypatch):
+    """Its next replay writes into the same memory; nothing is copied where there is no such graph."""
+    memory, modes = torch.zeros(2), []
+
+    def graph(function, mode=None, **options):
+        modes.append(mode)
+        return lambda x: (memory.copy_(function(x)), {"metric": memory})
+
+    monkeypatch.setattr(torch, "compile", graph)
+    call = script.compiled(lambda x: x + 1.0, torch.device("cuda"))
+    first, metrics = call(torch.zeros(2))
+    call(torch.ones(2))
+    assert first.tolist() == metrics["metric"].tolist() == [1.0, 1.0]
+    assert script.compiled(lambda x: x, CPU)(torch.zeros(2))[0] is memory
+    assert modes == ["reduce-overhead", None]
+
+
+@over_scripts(SCRIPTS)
+def test_no_compile_takes_the_plain_functions(script, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: pytest.fail("compiles"))
+    plain = script.accelerate(make_args(script, compile=False), CPU)
+    assert plain == (script.act, script.minibatch_gradient)
+
+
+@over_vector_scripts
+def test_small_networks_act_in_numpy_on_a_cpu(script):
+    assert script.accelerate(make_args(script), CPU)[0] is script.act_in_numpy
+    assert script.accelerate(make_args(script), torch.device("cuda"))[0] is not script.act_in_numpy
+
+
+# ---- compiled for real ----
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """What conftest.py turns off; a second compilation of a function is an error."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def small_cnn(channels: int) -> nn.Sequential:  # (M, channels, 84, 84) -> (M, 512)
+    layers = [nn.Conv2d(channels, 4, 12, stride=12), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 7 * 7, 512)]
+    return nn.Sequential(*layers, nn.ReLU())
+
+
+def small_agent(case, monkeypatch):
+    if case is not ATARI:
+        return make_agent(case)
+    monkeypatch.setattr(ppo_atari, "nature_cnn", small_cnn)
+    torch.manual_seed(0)
+    agent = ppo_atari.Agent(case.observation_space, case.action_space)
+    agent.actor.weight.data *= 50.0
+    return agent
+
+
+@pytest.mark.slow
+@over_cases(CASES)
+def test_compiled_learning_is_learning(case, compiling, monkeypatch, capsys):
+    """On every minibatch of 3 iterations, in which β, the old policy and the statistics change."""
+    target = {"kl_target": 1e-6} if case in KL_CASES else {}
+    args, agent = make_args(case.script, **target), small_agent(case, monkeypatch)
+    optimizer = case.script.make_optimizer(agent, args)
+    _, fast = case.script.accelerate(args, CPU)
+    norms, coefs = [], set()
+
+    def compared(*inputs):
+        gradient, metrics = fast(*inputs)
+        expected, others = case.script.minibatch_gradient(*inputs)
+        assert (gradient - expected).norm() < 1e-5 * expected.norm()
+        assert metrics.keys() == others.keys()
+        for name in metrics:
+            close(metrics[name], others[name], rtol=1e-5, atol=1e-6)
+        assert not gradient.requires_grad
+        norms.append(others["losses/grad_norm"].item())
+        return gradient, metrics
+
+    for iteration in range(3):
+        rollout = make_rollout(case, agent, args, seed=iteration)
+        metrics = case.script.update(agent, optimizer, rollout, args, compared)
+        coefs.add(metrics.get("charts/kl_coef", iteration))
+    assert len(norms) == len(set(norms)) == 24
+    assert len(coefs) == 3
+    assert graphs() == 1
+    assert capsys.readouterr().out == ""  # no warning that it went on without
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_acting_is_acting(compiling, monkeypatch, capsys):
+    """Also after a change of the weights, and without compiling again."""
+    args, agent = make_args(ppo_atari), small_agent(ATARI, monkeypatch)
+    ppo_atari.make_optimizer(agent, args)
+    fast, _ = ppo_atari.accelerate(args, CPU)
+    actions = []
+    for step in range(4):
+        obs, noise = random_obs(ATARI, 8), agent.noise(3, 8)[step % 3]
+        found, expected = fast(agent, obs, noise), ppo_atari.act(agent, obs, noise)
+        assert torch.equal(found[0], expected[0]) and found[0].dtype == torch.int64
+        for one, other in zip(found[1:], expected[1:], strict=True):
+            close(one, other)
+        actions.append(found[0])
+        shift(agent, step)
+    assert len(set(torch.cat(actions).tolist())) > 1
+    assert graphs() == 1
+    assert capsys.readouterr().out == ""
+
+
+def losses(folder) -> dict[str, list[float]]:
+    reader = EventAccumulator(str(folder)).Reload()
+    tags = [tag for tag in reader.Tags()["scalars"] if tag.startswith("losses/")]
+    return {tag: [event.value for event in reader.Scalars(tag)] for tag in tags}
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same(compiling, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    steps = {"env_id": "CartPole-v1", "num_steps": 32, "total_timesteps": 192, "seed": 3}
+    for name, compiles in (("plain", False), ("compiled", True)):
+        ppo_kl_penalty.train(make_args(ppo_kl_penalty, **steps, run_name=name, compile=compiles))
+        assert graphs() == compiles
+    assert "slower without" not in capsys.readouterr().out
+    found, expected = losses(tmp_path / "runs" / "compiled"), losses(tmp_path / "runs" / "plain")
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert len(values) == 3
+        assert found[name] == pytest.approx(values, rel=1e-3, abs=1e-5), name
+    assert expected["losses/kl"][0] > 1e-6 and len(set(expected["losses/grad_norm"])) == 3
+
+
+@pytest.mark.slow
+def test_a_missing_compiler_is_one_line(compiling, capsys):
+    """For real: Inductor finds none."""
+    args, agent = make_args(ppo_kl_penalty), make_agent(KL_BOX)
+    optimizer = ppo_kl_penalty.make_optimizer(agent, args)
+    _, fast = ppo_kl_penalty.accelerate(args, CPU)
+    absent = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+    with torch._inductor.config.patch(absent):
+        metrics = ppo_kl_penalty.update(agent, optimizer, make_rollout(KL_BOX, agent, args), args, fast)
+    assert all(math.isfinite(value) for value in metrics.values())
+    out, err = capsys.readouterr()
+    (line,) = (out + err).splitlines()
+    assert line.startswith("slower without torch.compile: ")
