@@ -525,18 +525,13 @@ def evaluate_checkpoint(args: Args) -> None:
         episodes = evaluate(agent, replace(args, render=False))
     returns, lengths = np.array(episodes).T
     row = {"mean": returns.mean(), "std": returns.std(), "min": returns.min(), "max": returns.max()}
-    print(
-        f"{path}, step {step:,}, on {args.env_id}, {'likeliest' if args.deterministic else 'sampled'} actions"
-    )
+    actions = "likeliest" if args.deterministic else "sampled"
+    print(f"{path}, step {step:,}, on {args.env_id}, {actions} actions")
     print(*(f"{name:>10}" for name in ("episodes", *row, "length")))
     print(f"{len(episodes):10}", *(f"{x:10.2f}" for x in (*row.values(), lengths.mean())))
-    report = {"checkpoint": path.name, "global_step": step, "env_id": args.env_id, "seed": args.seed}
-    report |= {
-        "deterministic": args.deterministic,
-        **row,
-        "returns": returns.tolist(),
-        "lengths": lengths.tolist(),
-    }
+    about = {"checkpoint": path.name, "global_step": step, "env_id": args.env_id, "seed": args.seed}
+    series = {"returns": returns.tolist(), "lengths": lengths.tolist()}
+    report = about | {"deterministic": args.deterministic} | row | series
     replace_file(path.with_name("eval.json"), (json.dumps(report, indent=2) + "\n").encode())
 
 
@@ -607,18 +602,7 @@ def load_checkpoint(path: Path) -> dict:
     require(script == Args.exp_name, f"{path}: written by {script!r}, not by this script, {Args.exp_name}")
     require(version == 1, f"{path}: of format {version}, while this script writes and reads format 1")
     with fitting(path, "this script"):
-        parts = {
-            "iteration",
-            "rng",
-            "agent",
-            "optimizer",
-            "envs",
-            "logger",
-            "step",
-            "seconds",
-            "returns",
-            "best",
-        }
+        parts = set("iteration rng agent optimizer envs logger step seconds returns best".split())
         missing = parts - {*checkpoint, *checkpoint["logger"]}
         require(not missing, f"it lacks {', '.join(sorted(missing))}")
         checkpoint["args"] = Args(**checkpoint["args"])
