@@ -516,11 +516,18 @@ class Checkpoints:
 
     def save(self, iteration: int) -> None:
         self.logger.flush()  # so that nothing older than the checkpoint can be missing
-        for name, state in (("best.pt", self.best), ("last.pt", self.state(iteration))):
-            if state is not None:
-                torch.save(state, buffer := io.BytesIO())
-                replace_file(self.logger.dir / "checkpoints" / name, buffer.getvalue())
-        self.best, self.saved = None, time.monotonic()
+        self.close()
+        self.write("last.pt", self.state(iteration))
+        self.saved = time.monotonic()
+
+    def write(self, name: str, state: dict[str, object]) -> None:
+        torch.save(state, buffer := io.BytesIO())
+        replace_file(self.logger.dir / "checkpoints" / name, buffer.getvalue())
+
+    def close(self) -> None:  # also where training fails
+        if self.best is not None:
+            self.write("best.pt", self.best)
+        self.best = None
 
     def record(self, iteration: int) -> None:
         """With --capture-video: plays an episode, for an mp4 and charts/eval_return."""
@@ -551,7 +558,9 @@ def load_checkpoint(path: Path) -> dict:
     """A checkpoint of this script as plain data: no file can make torch.load run code."""
     require(path.is_file(), f"{path}: there is no such file")
     try:
-        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one line is enough
+            checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
         script, version = str(checkpoint["script"]), int(checkpoint["format"])
     except Exception as error:  # as many kinds as there are ways to break a file
         raise ArgumentError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
@@ -671,7 +680,9 @@ class Logger:
         replace_file(self.dir / "args.json", (json.dumps(describe_run(args), indent=2) + "\n").encode())
         self.csv = open_csv(self.dir / "episodes.csv", self.step)
         self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
-        self.wandb = init_wandb(args, self.dir) if args.track else None
+        self.wandb = None
+        if args.track:
+            self.start_wandb(args)
         self.status, self.printed = "no steps taken", time.monotonic()
         self.times, self.profile = Counter(), []  # seconds in this iteration, microseconds per step in each
         since = f" from step {self.step:,} on" if self.step else ""
@@ -752,6 +763,12 @@ class Logger:
 
             self.tell_wandb(lambda run: run.log({"videos": Video(str(path), format="mp4")}, step=step))
 
+    def start_wandb(self, args: Args) -> None:
+        try:
+            self.wandb = init_wandb(args, self.dir)
+        except Exception as error:  # no network, or the project has a run of this name
+            tqdm.write(f"training goes on without W&B: {one_line(error)}")
+
     def tell_wandb(self, message: Callable[[object], object]) -> None:
         """Training goes on, whatever happens to W&B or to the network."""
         try:
@@ -800,7 +817,7 @@ def describe_run(args: Args) -> dict[str, object]:
         "versions": {d.name: d.version for d in distributions() if d.name in packages},
         "python": platform.python_version(),
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
         "git_commit": None if status else commit,
     }
 
@@ -829,11 +846,11 @@ def resolve_device(name: str) -> torch.device:
         raise ArgumentError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def set_up(args: Args) -> torch.device:
+def set_up(args: Args, iteration: int = 0) -> torch.device:
     """The device; prepares torch for it, and everybody's random numbers."""
     device = resolve_device(args.device)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    np.random.seed(args.seed % 2**32)  # for environments that draw from the global generator
+    np.random.seed([args.seed % 2**32, iteration])  # for environments that draw from the global generator
     torch.manual_seed(args.seed)
     Distribution.set_default_validate_args(False)  # its checks cost as much as the distributions themselves
     return device
@@ -881,7 +898,7 @@ def compiled(function: Callable, device: torch.device) -> Callable:
     return call
 
 
-def accelerate(args: Args, device: torch.device) -> tuple[Callable, Callable]:
+def accelerate(args: Args, agent: Agent, device: torch.device) -> tuple[Callable, Callable]:
     """act() and minibatch_gradient(), or with --compile what does the same faster."""
     if not args.compile:
         return act, minibatch_gradient
@@ -892,15 +909,18 @@ def train(args: Args) -> float:
     """[PPO] algorithm 1; returns the mean return of the last 100 episodes."""
     checkpoint = checkpoint_to_resume(args)
     iteration = checkpoint["iteration"] if checkpoint else 0
-    device = set_up(args)
+    device = set_up(args, iteration)
     with closing(Envs(args, args.num_envs, [args.seed, iteration])) as envs:
         agent = make_agent(args, envs).to(device)
         optimizer = make_optimizer(agent, args)
-        fast_act, fast_gradient = accelerate(args, device)
+        fast_act, fast_gradient = accelerate(args, agent, device)
         if checkpoint:
             restore(checkpoint, args, agent=agent, optimizer=optimizer, envs=envs)
-        with closing(Logger(args, checkpoint and checkpoint["logger"])) as logger, noted_signals() as signals:
-            checkpoints = Checkpoints(args, logger, agent=agent, optimizer=optimizer, envs=envs)
+        with (
+            closing(Logger(args, checkpoint and checkpoint["logger"])) as logger,
+            closing(Checkpoints(args, logger, agent=agent, optimizer=optimizer, envs=envs)) as checkpoints,
+            noted_signals() as signals,
+        ):
             checkpoints.save(iteration)
             collect, learn = logger.timed("rollout", collect_rollout), logger.timed("update", update)
             envs.step = logger.timed("env", envs.step)

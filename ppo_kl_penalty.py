@@ -25,7 +25,6 @@ import copy
 import io
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
@@ -151,10 +150,11 @@ class RunningMeanStd(nn.Module):
     @torch.no_grad()
     def update(self, batch: Tensor) -> None:  # (B, *shape)
         var, mean = torch.var_mean(batch, dim=0, correction=0)
-        delta, self.count = mean - self.mean, self.count + len(batch)
+        delta = mean - self.mean
+        self.count += len(batch)  # in place, as all that follows: CUDA graphs remember addresses
         weight = len(batch) / self.count
-        self.var = self.var + (var - self.var) * weight + delta.square() * weight * (1.0 - weight)
-        self.mean = self.mean + delta * weight
+        self.var += (var - self.var) * weight + delta.square() * weight * (1.0 - weight)
+        self.mean += delta * weight
 
     def forward(self, x: Tensor) -> Tensor:  # (B, *shape), in standard deviations from the mean, within ±10
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10.0, 10.0)
@@ -186,12 +186,13 @@ class Envs:
 
     def __init__(self, args: Args, num_envs: int, seed, training: bool = True, videos: Path | None = None):
         def make_env() -> gym.Env:  # flat observations, and fresh ones: SAME_STEP does not copy final_obs
-            if multiprocessing.parent_process():  # that one decides when to stop
+            if os.getpid() != pid:  # the main process decides when to stop
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             env = gym.make(args.env_id, disable_env_checker=True, **rendering)
             return gym.wrappers.FlattenObservation(env)
 
+        pid = os.getpid()
         rendering = {"render_mode": "rgb_array"} if videos or args.render else {}
         if rendering and sys.platform == "linux" and "DISPLAY" not in os.environ:
             os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display, but not by default
@@ -204,10 +205,12 @@ class Envs:
         self.envs = show(self.envs, args, videos)
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
+        self.close = self.envs.close
         fits = isinstance(self.action_space, Box | Discrete) and isinstance(self.observation_space, Box)
         kinds = " actions, ".join(type(s).__name__ for s in (self.action_space, self.observation_space))
+        if not fits:
+            self.close()
         require(fits, f"--env-id {args.env_id}: {kinds} observations; no script here handles them")
-        self.close = self.envs.close
         self.num_envs, self.training, self.gamma = num_envs, training, args.gamma
         self.seeds = np.random.SeedSequence(seed).generate_state(num_envs).tolist()
         self.return_stats = [0.0, 0.0, 1.0]  # number, mean and variance of all discounted returns so far
@@ -560,11 +563,18 @@ class Checkpoints:
 
     def save(self, iteration: int) -> None:
         self.logger.flush()  # so that nothing older than the checkpoint can be missing
-        for name, state in (("best.pt", self.best), ("last.pt", self.state(iteration))):
-            if state is not None:
-                torch.save(state, buffer := io.BytesIO())
-                replace_file(self.logger.dir / "checkpoints" / name, buffer.getvalue())
-        self.best, self.saved = None, time.monotonic()
+        self.close()
+        self.write("last.pt", self.state(iteration))
+        self.saved = time.monotonic()
+
+    def write(self, name: str, state: dict[str, object]) -> None:
+        torch.save(state, buffer := io.BytesIO())
+        replace_file(self.logger.dir / "checkpoints" / name, buffer.getvalue())
+
+    def close(self) -> None:  # also where training fails
+        if self.best is not None:
+            self.write("best.pt", self.best)
+        self.best = None
 
     def record(self, iteration: int) -> None:
         """With --capture-video: plays an episode, for an mp4 and charts/eval_return."""
@@ -595,7 +605,9 @@ def load_checkpoint(path: Path) -> dict:
     """A checkpoint of this script as plain data: no file can make torch.load run code."""
     require(path.is_file(), f"{path}: there is no such file")
     try:
-        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one line is enough
+            checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
         script, version = str(checkpoint["script"]), int(checkpoint["format"])
     except Exception as error:  # as many kinds as there are ways to break a file
         raise ArgumentError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
@@ -715,7 +727,9 @@ class Logger:
         replace_file(self.dir / "args.json", (json.dumps(describe_run(args), indent=2) + "\n").encode())
         self.csv = open_csv(self.dir / "episodes.csv", self.step)
         self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
-        self.wandb = init_wandb(args, self.dir) if args.track else None
+        self.wandb = None
+        if args.track:
+            self.start_wandb(args)
         self.status, self.printed = "no steps taken", time.monotonic()
         self.times, self.profile = Counter(), []  # seconds in this iteration, microseconds per step in each
         since = f" from step {self.step:,} on" if self.step else ""
@@ -796,6 +810,12 @@ class Logger:
 
             self.tell_wandb(lambda run: run.log({"videos": Video(str(path), format="mp4")}, step=step))
 
+    def start_wandb(self, args: Args) -> None:
+        try:
+            self.wandb = init_wandb(args, self.dir)
+        except Exception as error:  # no network, or the project has a run of this name
+            tqdm.write(f"training goes on without W&B: {one_line(error)}")
+
     def tell_wandb(self, message: Callable[[object], object]) -> None:
         """Training goes on, whatever happens to W&B or to the network."""
         try:
@@ -844,7 +864,7 @@ def describe_run(args: Args) -> dict[str, object]:
         "versions": {d.name: d.version for d in distributions() if d.name in packages},
         "python": platform.python_version(),
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
         "git_commit": None if status else commit,
     }
 
@@ -873,12 +893,12 @@ def resolve_device(name: str) -> torch.device:
         raise ArgumentError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def set_up(args: Args) -> torch.device:
+def set_up(args: Args, iteration: int = 0) -> torch.device:
     """The device; prepares torch for it, and everybody's random numbers."""
     device = resolve_device(args.device)
     torch.set_num_threads(1)  # two threads wait for each other longer than such small layers take
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    np.random.seed(args.seed % 2**32)  # for environments that draw from the global generator
+    np.random.seed([args.seed % 2**32, iteration])  # for environments that draw from the global generator
     torch.manual_seed(args.seed)
     Distribution.set_default_validate_args(False)  # its checks cost as much as the distributions themselves
     return device
@@ -919,11 +939,25 @@ def compiled(function: Callable, device: torch.device) -> Callable:
     return call
 
 
-def accelerate(args: Args, device: torch.device) -> tuple[Callable, Callable]:
+def agrees(agent: Agent) -> bool:
+    """Whether act_in_numpy() does what act() does, for any weights; not where only Agent has been changed."""
+    probe = copy.deepcopy(agent)
+    with torch.random.fork_rng([]), torch.no_grad():
+        for parameter in probe.parameters():
+            parameter.normal_()
+        inputs = probe, torch.randn(8, *probe.normalize.mean.shape), probe.noise(8)
+        try:
+            outputs = zip(act(*inputs), act_in_numpy(*inputs), strict=True)
+            return all(torch.allclose(slow, fast, rtol=1e-3, atol=1e-3) for slow, fast in outputs)
+        except Exception:  # a layer that propagate() does not know
+            return False
+
+
+def accelerate(args: Args, agent: Agent, device: torch.device) -> tuple[Callable, Callable]:
     """act() and minibatch_gradient(), or with --compile what does the same faster."""
     if not args.compile:
         return act, minibatch_gradient
-    fast_act = act_in_numpy if device.type == "cpu" else compiled(act, device)
+    fast_act = act_in_numpy if device.type == "cpu" and agrees(agent) else compiled(act, device)
     return fast_act, compiled(minibatch_gradient, device)
 
 
@@ -931,15 +965,18 @@ def train(args: Args) -> float:
     """[PPO] algorithm 1; returns the mean return of the last 100 episodes."""
     checkpoint = checkpoint_to_resume(args)
     iteration = checkpoint["iteration"] if checkpoint else 0
-    device = set_up(args)
+    device = set_up(args, iteration)
     with closing(Envs(args, args.num_envs, [args.seed, iteration])) as envs:
         agent = make_agent(args, envs).to(device)
         optimizer = make_optimizer(agent, args)
-        fast_act, fast_gradient = accelerate(args, device)
+        fast_act, fast_gradient = accelerate(args, agent, device)
         if checkpoint:
             restore(checkpoint, args, agent=agent, optimizer=optimizer, envs=envs)
-        with closing(Logger(args, checkpoint and checkpoint["logger"])) as logger, noted_signals() as signals:
-            checkpoints = Checkpoints(args, logger, agent=agent, optimizer=optimizer, envs=envs)
+        with (
+            closing(Logger(args, checkpoint and checkpoint["logger"])) as logger,
+            closing(Checkpoints(args, logger, agent=agent, optimizer=optimizer, envs=envs)) as checkpoints,
+            noted_signals() as signals,
+        ):
             checkpoints.save(iteration)
             collect, learn = logger.timed("rollout", collect_rollout), logger.timed("update", update)
             envs.step = logger.timed("env", envs.step)

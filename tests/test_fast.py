@@ -370,14 +370,31 @@ def test_results_of_a_cuda_graph_are_kept(script, monkeypatch):
 @over_scripts(SCRIPTS)
 def test_no_compile_takes_the_plain_functions(script, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: pytest.fail("compiles"))
-    plain = script.accelerate(make_args(script, compile=False), CPU)
+    plain = script.accelerate(make_args(script, compile=False), None, CPU)
     assert plain == (script.act, script.minibatch_gradient)
 
 
-@over_vector_scripts
-def test_small_networks_act_in_numpy_on_a_cpu(script):
-    assert script.accelerate(make_args(script), CPU)[0] is script.act_in_numpy
-    assert script.accelerate(make_args(script), torch.device("cuda"))[0] is not script.act_in_numpy
+@over_cases(MLP_CASES)
+def test_small_networks_act_in_numpy_on_a_cpu(case):
+    script, agent, state = case.script, make_agent(case), torch.get_rng_state()
+    assert script.accelerate(make_args(script), agent, CPU)[0] is script.act_in_numpy
+    assert script.accelerate(make_args(script), agent, torch.device("cuda"))[0] is not script.act_in_numpy
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@over_cases(MLP_CASES)
+@pytest.mark.parametrize("change", ["relu", "tanh at the end", "another input"])
+def test_a_changed_agent_does_not_act_in_numpy(case, change):
+    """Somebody who copies the script and changes its Agent need not know of act_in_numpy()."""
+    script, agent = case.script, make_agent(case)
+    if change == "relu":
+        agent.critic[1] = torch.nn.ReLU()
+    elif change == "tanh at the end":
+        agent.actor.register_forward_hook(lambda module, inputs, output: output.tanh())
+    else:
+        agent.normalize.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+    assert not script.agrees(agent)
+    assert script.accelerate(make_args(script), agent, CPU)[0] is not script.act_in_numpy
 
 
 # ---- compiled for real ----
@@ -420,7 +437,7 @@ def test_compiled_learning_is_learning(case, compiling, monkeypatch, capsys):
     target = {"kl_target": 1e-6} if case in KL_CASES else {}
     args, agent = make_args(case.script, **target), small_agent(case, monkeypatch)
     optimizer = case.script.make_optimizer(agent, args)
-    _, fast = case.script.accelerate(args, CPU)
+    _, fast = case.script.accelerate(args, agent, CPU)
     norms, coefs = [], set()
 
     def compared(*inputs):
@@ -450,7 +467,7 @@ def test_compiled_acting_is_acting(compiling, monkeypatch, capsys):
     """Also after a change of the weights, and without compiling again."""
     args, agent = make_args(ppo_atari), small_agent(ATARI, monkeypatch)
     ppo_atari.make_optimizer(agent, args)
-    fast, _ = ppo_atari.accelerate(args, CPU)
+    fast, _ = ppo_atari.accelerate(args, agent, CPU)
     actions = []
     for step in range(4):
         obs, noise = random_obs(ATARI, 8), agent.noise(3, 8)[step % 3]
@@ -492,7 +509,7 @@ def test_a_missing_compiler_is_one_line(compiling, capsys):
     """For real: Inductor finds none."""
     args, agent = make_args(ppo_kl_penalty), make_agent(KL_BOX)
     optimizer = ppo_kl_penalty.make_optimizer(agent, args)
-    _, fast = ppo_kl_penalty.accelerate(args, CPU)
+    _, fast = ppo_kl_penalty.accelerate(args, agent, CPU)
     absent = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
     with torch._inductor.config.patch(absent):
         metrics = ppo_kl_penalty.update(agent, optimizer, make_rollout(KL_BOX, agent, args), args, fast)
