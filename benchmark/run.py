@@ -40,6 +40,9 @@ STUDIES = {
         ),
         ("ppo_kl_penalty.py", "CartPole-v1", 3, "--total-timesteps 150000"),
     ],
+    "hopper": [  # with the faster code, to compare with `interrupted`
+        ("ppo_continuous.py", "Hopper-v5", 3, ""),
+    ],
     "pong": [
         (
             "ppo_atari.py",

@@ -45,11 +45,20 @@ CONTESTS = {
 }
 BURN_IN = 3  # iterations
 
+# name: (command, transitions per batch) for each number of environments of SWEEP
+SWEEPS = {
+    "HalfCheetah": ("{python} {root}/ppo_continuous.py --env-id HalfCheetah-v5", 2048),
+    "Pong": ("{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4", 1024),
+}
+SWEEP = (1, 4, 8, 16, 64, 256)
+PARTS = ("env", "act", "update")
+
 
 @dataclass(frozen=True)
 class Measurement:
     steps_per_second: float
     peak_megabytes: float
+    parts: tuple[float, ...]  # microseconds per step in PARTS; empty for the baselines
 
 
 def measure(command: str, folder: Path, environment: dict[str, str]) -> Measurement:
@@ -63,10 +72,30 @@ def measure(command: str, folder: Path, environment: dict[str, str]) -> Measurem
     if process.returncode:
         raise RuntimeError(f"{command}\n{output[-2000:]}")
     (events,) = folder.glob("runs/*/events.out.tfevents.*")
-    points = EventAccumulator(str(events)).Reload().Scalars("charts/SPS")
-    first, last = points[BURN_IN - 1], points[-1]
+    reader = EventAccumulator(str(events)).Reload()
+    first, *_, last = reader.Scalars("charts/SPS")[BURN_IN - 1 :]
     rate = (last.step - first.step) / (last.wall_time - first.wall_time)
-    return Measurement(rate, usage.ru_maxrss / 1024)
+    tags = [f"time/{part}" for part in PARTS if f"time/{part}" in reader.Tags()["scalars"]]
+    parts = [statistics.median(point.value for point in reader.Scalars(tag)[BURN_IN:]) for tag in tags]
+    return Measurement(rate, usage.ru_maxrss / 1024, tuple(parts))
+
+
+def run(command: str, words: dict, environment: dict[str, str]) -> Measurement:
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(command.format(**words), Path(folder), environment)
+
+
+def sweep(words: dict, environment: dict[str, str]) -> dict[str, dict[int, dict[str, float]]]:
+    """Where the time of a step goes, for several numbers of environments and the same size of batch."""
+    rows = {}
+    for name, (command, batch_size) in SWEEPS.items():
+        for num_envs in SWEEP:
+            sizes = f" --num-envs {num_envs} --num-steps {batch_size // num_envs}"
+            one = run(f"{command}{sizes} --total-timesteps {8 * batch_size}", words, environment)
+            parts = {part: round(value, 1) for part, value in zip(PARTS, one.parts, strict=True)}
+            rows.setdefault(name, {})[num_envs] = {"steps_per_second": round(one.steps_per_second), **parts}
+            print(name, num_envs, rows[name][num_envs], flush=True)
+    return rows
 
 
 def main(rounds: int, baseline: str, cleanrl: str) -> None:
@@ -84,8 +113,7 @@ def main(rounds: int, baseline: str, cleanrl: str) -> None:
         measured = {side: [] for side in sides}
         for _ in range(rounds):
             for side, command in sides.items():
-                with tempfile.TemporaryDirectory() as folder:
-                    one = measure(command.format(**words), Path(folder), environment)
+                one = run(command, words, environment)
                 measured[side].append(one)
                 print(f"{contest}, {side}: {one.steps_per_second:.0f} steps/s", flush=True)
         report["contests"][contest] = {
@@ -107,6 +135,16 @@ def main(rounds: int, baseline: str, cleanrl: str) -> None:
             )
             memory = max(one.peak_megabytes for one in ones)
             table.append(f"| {' | '.join(cells)} | {statistics.median(ratios):.2f} | {memory:.0f} |")
+    report["sweep"] = sweep(words, environment)
+    table += [
+        "",
+        "| environment | N | steps/s | simulator, acting, update: µs per step |",
+        "|---|---|---|---|",
+    ]
+    for name, rows in report["sweep"].items():
+        for num_envs, row in rows.items():
+            split = ", ".join(f"{row[part]:.0f}" for part in PARTS)
+            table.append(f"| {name} | {num_envs} | {row['steps_per_second']} | {split} |")
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
     (RESULTS / "table.md").write_text("\n".join(table) + "\n")
