@@ -683,13 +683,17 @@ class Logger:
         self.wandb = None
         if args.track:
             self.start_wandb(args)
-        self.status, self.printed = "no steps taken", time.monotonic()
+        self.status, self.printed = "no steps taken; --total-timesteps says how many", time.monotonic()
         self.times, self.profile = Counter(), []  # seconds in this iteration, microseconds per step in each
         since = f" from step {self.step:,} on" if self.step else ""
         print(f"training on {args.env_id}{since}, written to {self.dir}", flush=True)
+        if args.compile and self.step < args.num_iterations * args.batch_size:
+            print(
+                "compiling: the first steps take up to a minute, or a few seconds with a warm cache",
+                flush=True,
+            )
         steps = {"total": args.num_iterations * args.batch_size, "initial": self.step, "unit": " steps"}
         self.bar = tqdm(**steps, unit_scale=True, file=sys.stdout, disable=None)  # no pipe
-        self.bar.set_postfix_str("compiling" if args.compile else "")
 
     def state_dict(self) -> dict[str, object]:
         returns = list(self.returns)

@@ -195,12 +195,13 @@ class Envs:
         pid = os.getpid()
         rendering = {"render_mode": "rgb_array"} if videos or args.render else {}
         if rendering and sys.platform == "linux" and "DISPLAY" not in os.environ:
-            os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display, but not by default
+            os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo and pygame draw without a display, if told to
+            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         vectorize = gym.vector.AsyncVectorEnv if args.async_envs else QuietSyncVectorEnv
         try:
             self.envs = vectorize([make_env] * num_envs, copy=False, autoreset_mode="SameStep")
         except (gym.error.Error, ImportError, ValueError) as error:
-            hint = "; Atari games: ppo_atari.py" if isinstance(error, gym.error.UnregisteredEnv) else ""
+            hint = " (Atari games: ppo_atari.py)" if isinstance(error, gym.error.UnregisteredEnv) else ""
             raise ArgumentError(f"--env-id {args.env_id}: {str(error).partition(chr(10))[0]}{hint}") from None
         self.envs = show(self.envs, args, videos)
         self.observation_space = self.envs.single_observation_space
@@ -730,13 +731,17 @@ class Logger:
         self.wandb = None
         if args.track:
             self.start_wandb(args)
-        self.status, self.printed = "no steps taken", time.monotonic()
+        self.status, self.printed = "no steps taken; --total-timesteps says how many", time.monotonic()
         self.times, self.profile = Counter(), []  # seconds in this iteration, microseconds per step in each
         since = f" from step {self.step:,} on" if self.step else ""
         print(f"training on {args.env_id}{since}, written to {self.dir}", flush=True)
+        if args.compile and self.step < args.num_iterations * args.batch_size:
+            print(
+                "compiling: the first steps take up to a minute, or a few seconds with a warm cache",
+                flush=True,
+            )
         steps = {"total": args.num_iterations * args.batch_size, "initial": self.step, "unit": " steps"}
         self.bar = tqdm(**steps, unit_scale=True, file=sys.stdout, disable=None)  # no pipe
-        self.bar.set_postfix_str("compiling" if args.compile else "")
 
     def state_dict(self) -> dict[str, object]:
         returns = list(self.returns)
