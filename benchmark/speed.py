@@ -5,6 +5,7 @@ Speed is read from TensorBoard: environment steps per second of wall clock, ever
 end of a burn-in (compiling, warming up) and the end of the run. Peak memory is that of the process.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -24,6 +25,13 @@ RESULTS = ROOT / "benchmark" / "results" / "speed"
 
 # contest: {side: command}; {baseline} is an interpreter with CleanRL's packages, {cleanrl} a checkout of it
 CONTESTS = {
+    "Pong": {
+        "ours": "{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 9216",
+        "ours, fp32": "{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 6144"
+        " --precision fp32 --no-compile",
+        "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_atari.py --env-id PongNoFrameskip-v4"
+        " --total-timesteps 5120 --no-cuda",
+    },
     "HalfCheetah": {
         "ours": "{python} {root}/ppo_continuous.py --env-id HalfCheetah-v5 --total-timesteps 30720",
         "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_continuous_action.py --env-id HalfCheetah-v4"
@@ -34,13 +42,6 @@ CONTESTS = {
         "KL penalty": "{python} {root}/ppo_kl_penalty.py --env-id Hopper-v5 --total-timesteps 30720",
         "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_continuous_action.py --env-id Hopper-v4"
         " --total-timesteps 14336 --no-cuda",
-    },
-    "Pong": {
-        "ours": "{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 9216",
-        "ours, fp32": "{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 6144"
-        " --precision fp32 --no-compile",
-        "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_atari.py --env-id PongNoFrameskip-v4"
-        " --total-timesteps 5120 --no-cuda",
     },
 }
 BURN_IN = 3  # iterations
@@ -98,54 +99,57 @@ def sweep(words: dict, environment: dict[str, str]) -> dict[str, dict[int, dict[
     return rows
 
 
+def tabulate(report: dict) -> str:
+    rows = ["| contest | side | steps/s: median (all) | ratio to CleanRL: median | peak memory, MB |"]
+    rows.append("|---|---|---|---|---|")
+    for contest, sides in report["contests"].items():
+        base = sides["CleanRL"]["steps_per_second"]
+        for side, one in sides.items():
+            rates = one["steps_per_second"]
+            ratio = statistics.median(x / y for x, y in zip(rates, base, strict=True))
+            speed = f"{statistics.median(rates):.0f} ({', '.join(f'{rate:.0f}' for rate in rates)})"
+            rows.append(f"| {contest} | {side} | {speed} | {ratio:.2f} | {max(one['peak_megabytes'])} |")
+    rows += [
+        "",
+        "| environment | N | steps/s | simulator, acting, update: µs per step |",
+        "|---|---|---|---|",
+    ]
+    for name, numbers in report.get("sweep", {}).items():
+        for num_envs, row in numbers.items():
+            split = ", ".join(f"{row[part]:.0f}" for part in PARTS)
+            rows.append(f"| {name} | {num_envs} | {row['steps_per_second']} | {split} |")
+    return "\n".join(rows) + "\n"
+
+
 def main(rounds: int, baseline: str, cleanrl: str) -> None:
+    """Contests that speed.json holds already are left out; delete it to measure anew."""
     environment = os.environ | {"PYTHONPATH": cleanrl, "PYTHONWARNINGS": "ignore"}
     words = {"python": sys.executable, "root": ROOT, "baseline": baseline, "cleanrl": cleanrl}
-    table = ["| contest | side | steps/s: median (all) | ratio to CleanRL: median | peak memory, MB |"]
-    table.append("|---|---|---|---|---|")
-    report = {
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("torch", "gymnasium", "ale-py", "mujoco", "numpy")},
-        "burn_in_iterations": BURN_IN,
-        "contests": {},
-    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / "speed.json"
+    report = json.loads(path.read_text()) if path.exists() else {"contests": {}}
+    report["machine"] = f"{platform.platform()}, {os.cpu_count()} cores"
+    report["versions"] = {name: version(name) for name in ("torch", "gymnasium", "ale-py", "mujoco", "numpy")}
+    report["burn_in_iterations"] = BURN_IN
     for contest, sides in CONTESTS.items():
+        if contest in report["contests"]:
+            continue
         measured = {side: [] for side in sides}
-        for _ in range(rounds):
-            for side, command in sides.items():
-                one = run(command, words, environment)
-                measured[side].append(one)
-                print(f"{contest}, {side}: {one.steps_per_second:.0f} steps/s", flush=True)
+        for _, (side, command) in itertools.product(range(rounds), sides.items()):
+            one = run(command, words, environment)
+            measured[side].append(one)
+            print(f"{contest}, {side}: {one.steps_per_second:.0f} steps/s", flush=True)
         report["contests"][contest] = {
             side: {
-                "command": command.format(**words | {"python": "python", "baseline": "python", "root": "."}),
+                "command": command.format(python="python", baseline="python", root=".", cleanrl="cleanrl"),
                 "steps_per_second": [round(one.steps_per_second, 1) for one in measured[side]],
                 "peak_megabytes": [round(one.peak_megabytes) for one in measured[side]],
             }
             for side, command in sides.items()
         }
-        for side, ones in measured.items():
-            rates = [one.steps_per_second for one in ones]
-            pairs = zip(ones, measured["CleanRL"], strict=True)
-            ratios = [one.steps_per_second / base.steps_per_second for one, base in pairs]
-            cells = (
-                contest,
-                side,
-                f"{statistics.median(rates):.0f} ({', '.join(f'{rate:.0f}' for rate in rates)})",
-            )
-            memory = max(one.peak_megabytes for one in ones)
-            table.append(f"| {' | '.join(cells)} | {statistics.median(ratios):.2f} | {memory:.0f} |")
-    report["sweep"] = sweep(words, environment)
-    table += [
-        "",
-        "| environment | N | steps/s | simulator, acting, update: µs per step |",
-        "|---|---|---|---|",
-    ]
-    for name, rows in report["sweep"].items():
-        for num_envs, row in rows.items():
-            split = ", ".join(f"{row[part]:.0f}" for part in PARTS)
-            table.append(f"| {name} | {num_envs} | {row['steps_per_second']} | {split} |")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
-    (RESULTS / "table.md").write_text("\n".join(table) + "\n")
-    print("\n".join(table))
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    if "sweep" not in report:
+        report["sweep"] = sweep(words, environment)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / "table.md").write_text(tabulate(report))
+    print(tabulate(report))
