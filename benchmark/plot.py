@@ -21,7 +21,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def load(study: Path) -> dict[tuple[str, str], list[dict]]:
     """The runs of a study by environment and script, in order of seeds."""
     runs = defaultdict(list)
-    for path in sorted(study.glob("*.json")):
+    for path in sorted(study.glob("*__*.json")):  # ENV__SCRIPT__SEED
         run = json.loads(path.read_text())
         runs[run["args"]["env_id"], run["script"]].append(run)
     return dict(sorted(runs.items()))
