@@ -588,10 +588,8 @@ def checkpoint_to_resume(args: Args) -> dict | None:
         old, flag = getattr(before, name), f"--{name.replace('_', '-')}"
         same = name in free.split() or value == old
         require(same, f"{flag} {value}: the run that --resume goes on with has {flag} {old}")
-    fewer, steps = args.total_timesteps < before.total_timesteps, "--total-timesteps"
-    require(
-        not fewer, f"{steps} {args.total_timesteps} of a run with {before.total_timesteps} can only be raised"
-    )
+    steps, old = args.total_timesteps, before.total_timesteps
+    require(steps >= old, f"--total-timesteps {steps} of a run with {old} can only be raised")
     return checkpoint
 
 

@@ -415,7 +415,7 @@ def rows_of(policy: Distribution, rows: Tensor) -> Distribution:  # of a batch
 
 
 def minibatch_loss(
-    agent: Agent, minibatch: list[Tensor], old_policy: Distribution, kl_coef: float, args: Args
+    agent: Agent, minibatch: list[Tensor], old_policy: Distribution, kl_coef: Tensor, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """[PPO] eq. 8 and the other terms of eq. 9, negated to be minimised; what to log. Everything (M, …)."""
     obs, actions, logprobs, advantages, returns = minibatch
@@ -460,7 +460,7 @@ def update(
     group = optimizer.param_groups[0]  # β is kept beside the learning rate, and saved with it
     kl_coef = group.setdefault("kl_coef", args.kl_coef)
     beta = torch.tensor(kl_coef, device=obs.device)
-    (parameters,), history = optimizer.param_groups[0]["params"], []
+    (parameters,), history = group["params"], []
     for _ in range(args.update_epochs):
         for rows in torch.randperm(args.batch_size, device=obs.device).split(args.minibatch_size):
             parameters.grad, metrics = gradient(agent, batch, rows, old_policy, beta, args)
@@ -636,10 +636,8 @@ def checkpoint_to_resume(args: Args) -> dict | None:
         old, flag = getattr(before, name), f"--{name.replace('_', '-')}"
         same = name in free.split() or value == old
         require(same, f"{flag} {value}: the run that --resume goes on with has {flag} {old}")
-    fewer, steps = args.total_timesteps < before.total_timesteps, "--total-timesteps"
-    require(
-        not fewer, f"{steps} {args.total_timesteps} of a run with {before.total_timesteps} can only be raised"
-    )
+    steps, old = args.total_timesteps, before.total_timesteps
+    require(steps >= old, f"--total-timesteps {steps} of a run with {old} can only be raised")
     return checkpoint
 
 
