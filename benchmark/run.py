@@ -23,6 +23,31 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
 
+# [PPO] Table 1: its seven tasks, and its eleven objectives, the most telling ones first
+PAPER_TASKS = "HalfCheetah Hopper InvertedDoublePendulum InvertedPendulum Reacher Swimmer Walker2d".split()
+PAPER_OBJECTIVES = {
+    "none": "ppo_kl_penalty.py --kl-mode fixed --kl-coef 0",
+    "clip-0.2": "ppo_continuous.py --clip-coef 0.2",
+    "adaptive-0.01": "ppo_kl_penalty.py --kl-target 0.01",
+    "fixed-1": "ppo_kl_penalty.py --kl-mode fixed --kl-coef 1",
+    "clip-0.1": "ppo_continuous.py --clip-coef 0.1",
+    "clip-0.3": "ppo_continuous.py --clip-coef 0.3",
+    "fixed-3": "ppo_kl_penalty.py --kl-mode fixed --kl-coef 3",
+    "adaptive-0.003": "ppo_kl_penalty.py --kl-target 0.003",
+    "adaptive-0.03": "ppo_kl_penalty.py --kl-target 0.03",
+    "fixed-0.3": "ppo_kl_penalty.py --kl-mode fixed --kl-coef 0.3",
+    "fixed-10": "ppo_kl_penalty.py --kl-mode fixed --kl-coef 10",
+}
+
+
+def paper_study(objective: str, flags: str, seeds: int) -> list[tuple[str, str, int, str]]:
+    """The paper's hyper-parameters, where they are not the defaults, on its tasks."""
+    script, _, chosen = objective.partition(" ")
+    flags = f"{chosen} --num-envs 1 --num-steps 2048 {flags}".strip()
+    flags += " --no-clip-vloss" if script == "ppo_continuous.py" else ""
+    return [(script, f"{task}-v5", seeds, flags) for task in PAPER_TASKS]
+
+
 # study: (script, environment, number of seeds, flags)
 STUDIES = {
     "mujoco": [
@@ -52,6 +77,10 @@ STUDIES = {
             " --num-minibatches 16 --no-clip-vloss",
         ),
     ],
+    "paper/random": paper_study("ppo_continuous.py", "--total-timesteps 50000 --learning-rate 0", 1),
+} | {
+    f"paper/{name}": paper_study(objective, "--total-timesteps 1000000 --no-anneal-lr", 3)
+    for name, objective in PAPER_OBJECTIVES.items()
 }
 
 
@@ -76,7 +105,7 @@ def execute(run: Run) -> str | None:
     """Trains, unless that was done before, and writes the summary; returns what went wrong, if anything."""
     if run.result.exists():
         return None
-    run_dir = ROOT / "runs" / f"{run.study}__{run.name}"
+    run_dir = ROOT / "runs" / f"{run.study.replace('/', '-')}__{run.name}"
     command = f"python {run.script} --env-id {run.env_id} --seed {run.seed} {run.flags}".strip()
     print(command, flush=True)
     process = subprocess.run(
@@ -89,12 +118,12 @@ def execute(run: Run) -> str | None:
     if process.returncode:
         return f"{command}\n{process.stderr}"
     run.result.parent.mkdir(parents=True, exist_ok=True)
-    run.result.write_text(json.dumps(summarize(run_dir, command), indent=1) + "\n")
+    run.result.write_text(json.dumps(summarize(run_dir, command)) + "\n")
     print(f"{run.result.relative_to(ROOT)} written", flush=True)
     return None
 
 
-def summarize(run_dir: Path, command: str, points: int = 200) -> dict[str, object]:
+def summarize(run_dir: Path, command: str, points: int = 100) -> dict[str, object]:
     """The run in short: how it was made, its last 100 episodes, and `points` points of its learning curve."""
     with open(run_dir / "episodes.csv") as file:
         episodes = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
@@ -125,7 +154,7 @@ def main(
     """Train every run of a study that has no result yet.
 
     Args:
-        study: its name, or all; or speed, which measures steps per second beside CleanRL's.
+        study: its name; paper, the paper's Table 1; all; or speed, steps per second beside CleanRL's.
         workers: runs at a time, each with one thread.
         rounds: of the speed measurement, each with one run of every side.
         baseline: Python interpreter for CleanRL, with the packages that it needs.
@@ -133,15 +162,16 @@ def main(
     """
     if study == "speed":
         return speed.main(rounds, baseline, str(Path(cleanrl).resolve()))
-    if study not in (*STUDIES, "all"):
-        sys.exit(f"error: no study {study}; there are {', '.join(STUDIES)}, all and speed")
-    names = STUDIES if study == "all" else [study]
+    names = [name for name in STUDIES if study in (name, name.partition("/")[0], "all")]
+    if not names:
+        sys.exit(f"error: no study {study}; there are {', '.join(STUDIES)}, paper, all and speed")
     runs = [
         Run(name, script, env_id, seed, flags)
         for name in names
         for script, env_id, seeds, flags in STUDIES[name]
         for seed in range(1, seeds + 1)
     ]
+    runs.sort(key=lambda run: run.seed)  # stopped early, every study has some of its seeds
     with ThreadPoolExecutor(workers) as pool:
         failures = [failure for failure in pool.map(execute, runs) if failure]
     if failures:
