@@ -416,6 +416,7 @@ def update(
     advantages, returns = compute_gae(*rollout[3:], args.gamma, args.gae_lambda)  # from the rewards on
     obs, actions, logprobs, _, values, *_ = rollout
     batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, values, advantages, returns)]
+    batch[0] = batch[0].contiguous(memory_format=torch.channels_last)  # once, not in every epoch
     (parameters,), history = optimizer.param_groups[0]["params"], []
     for _ in range(args.update_epochs):
         for rows in torch.randperm(args.batch_size, device=obs.device).split(args.minibatch_size):
@@ -885,8 +886,9 @@ def compiled(function: Callable, device: torch.device) -> Callable:
         try:
             if fast is None:
                 torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradient become one graph
-                mode = "reduce-overhead" if cuda else None
-                fast = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+                unchecked = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe  # nn.Linear stays as it is
+                options = {"triton.cudagraphs": cuda, "guard_filter_fn": unchecked}
+                fast = torch.compile(function, fullgraph=True, dynamic=False, options=options)
             outputs = fast(*inputs)
         except Exception as error:  # no compiler, or one that cannot cope
             if fast is function:

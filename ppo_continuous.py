@@ -897,8 +897,9 @@ def compiled(function: Callable, device: torch.device) -> Callable:
         try:
             if fast is None:
                 torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradient become one graph
-                mode = "reduce-overhead" if cuda else None
-                fast = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+                unchecked = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe  # nn.Linear stays as it is
+                options = {"triton.cudagraphs": cuda, "guard_filter_fn": unchecked}
+                fast = torch.compile(function, fullgraph=True, dynamic=False, options=options)
             outputs = fast(*inputs)
         except Exception as error:  # no compiler, or one that cannot cope
             if fast is function:

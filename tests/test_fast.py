@@ -352,10 +352,10 @@ def test_an_error_of_the_function_itself_is_raised(script, monkeypatch):
 @over_scripts(SCRIPTS)
 def test_results_of_a_cuda_graph_are_kept(script, monkeypatch):
     """Its next replay writes into the same memory; nothing is copied where there is no such graph."""
-    memory, modes = torch.zeros(2), []
+    memory, graphs = torch.zeros(2), []
 
-    def graph(function, mode=None, **options):
-        modes.append(mode)
+    def graph(function, options, **_):
+        graphs.append(options["triton.cudagraphs"])
         return lambda x: (memory.copy_(function(x)), {"metric": memory})
 
     monkeypatch.setattr(torch, "compile", graph)
@@ -364,7 +364,7 @@ def test_results_of_a_cuda_graph_are_kept(script, monkeypatch):
     call(torch.ones(2))
     assert first.tolist() == metrics["metric"].tolist() == [1.0, 1.0]
     assert script.compiled(lambda x: x, CPU)(torch.zeros(2))[0] is memory
-    assert modes == ["reduce-overhead", None]
+    assert graphs == [True, False]
 
 
 @over_scripts(SCRIPTS)
