@@ -35,10 +35,11 @@ import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -46,7 +47,7 @@ import numpy as np
 import torch
 import tyro
 from gymnasium.spaces import Box
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -133,6 +134,9 @@ class Args(Source):
         minibatches = f"--num-minibatches {self.num_minibatches}"
         require(self.batch_size % self.num_minibatches == 0, f"{minibatches} does not divide {batch}")
         require(self.num_iterations >= 1, f"--total-timesteps {self.total_timesteps} is less than {batch}")
+        even = self.num_envs % world_size() == self.minibatch_size % world_size() == 0
+        require(even, f"{world_size()} processes cannot share {batch} in {minibatches} evenly")
+        require(self.evaluate is None or world_size() == 1, "--evaluate plays in one process, not in several")
         alone = self.norm_adv and self.minibatch_size == 1
         require(not alone, f"{minibatches} leaves 1 transition of {batch} in each, too few for --norm-adv")
 
@@ -147,11 +151,11 @@ class RunningMeanStd(nn.Module):
         self.register_buffer("count", torch.zeros(()))
 
     @torch.no_grad()
-    def update(self, batch: Tensor) -> None:  # (B, *shape)
-        var, mean = torch.var_mean(batch, dim=0, correction=0)
-        delta = mean - self.mean
-        self.count += len(batch)  # in place, as all that follows: CUDA graphs remember addresses
-        weight = len(batch) / self.count
+    def update(self, batch: Tensor) -> None:  # (B, *shape), of this process
+        (mean,), (var,) = moments(batch, dim=0)
+        delta, number = mean - self.mean, len(batch) * world_size()
+        self.count += number  # in place, as all that follows: CUDA graphs remember addresses
+        weight = number / self.count
         self.var += (var - self.var) * weight + delta.square() * weight * (1.0 - weight)
         self.mean += delta * weight
 
@@ -214,9 +218,11 @@ class Envs:
             fits, f"--env-id {args.env_id}: {kinds} observations; for Discrete actions use ppo_kl_penalty.py"
         )
         self.num_envs, self.training, self.gamma = num_envs, training, args.gamma
-        self.seeds = np.random.SeedSequence(seed).generate_state(num_envs).tolist()
-        self.return_stats = [0.0, 0.0, 1.0]  # number, mean and variance of all discounted returns so far
-        self.num_steps = 0  # taken in all environments together
+        self.first = rank() * num_envs if training else 0  # as many environments are in earlier processes
+        self.seeds = np.random.SeedSequence(seed).generate_state(self.first + num_envs)[self.first :].tolist()
+        self.return_stats = np.zeros(3)  # number, sum and sum of squares of all discounted returns so far
+        self.new_stats, self.batch_size = np.zeros(3), args.batch_size  # of this rollout, in this process
+        self.num_steps = 0  # taken in all environments of all processes together
         self.finished: list[tuple[int, float, int]] = []  # (num_steps at its end, return, length) per episode
 
     def reset(self) -> np.ndarray:  # (N, *obs)
@@ -232,10 +238,10 @@ class Envs:
         self.episodic_returns += rewards
         self.lengths += 1
         for i in np.flatnonzero(dones).tolist():
-            episode = (self.num_steps + i + 1, self.episodic_returns[i].item(), self.lengths[i].item())
-            self.finished.append(episode)
+            end = self.num_steps + self.first + i + 1
+            self.finished.append((end, self.episodic_returns[i].item(), self.lengths[i].item()))
             self.episodic_returns[i] = self.lengths[i] = 0
-        self.num_steps += self.num_envs
+        self.num_steps += self.num_envs * (world_size() if self.training else 1)
         obs, rewards, final_obs = obs.astype(np.float32), rewards.astype(np.float32), None
         if (cut := truncations & ~terminations).any():
             final_obs = np.zeros_like(obs)
@@ -246,19 +252,22 @@ class Envs:
 
     def scale(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:  # (N,)
         self.discounted_returns = self.discounted_returns * self.gamma + rewards
-        count, mean, var = self.return_stats
-        delta, weight = self.discounted_returns.mean() - mean, self.num_envs / (count + self.num_envs)
-        var += (self.discounted_returns.var() - var) * weight + delta**2 * weight * (1.0 - weight)
-        self.return_stats = [count + self.num_envs, float(mean + delta * weight), float(var)]
+        x = self.discounted_returns
+        self.new_stats += (len(x), x.sum(), x @ x)
+        count, total, squares = self.return_stats + self.new_stats
+        variance = max(squares / count - (total / count) ** 2, 0.0)
+        if self.num_steps % self.batch_size == 0:  # the rollout ends: now those of all processes
+            self.return_stats += average(torch.from_numpy(self.new_stats)).numpy() * world_size()
+            self.new_stats[:] = 0.0
         self.discounted_returns[dones] = 0.0
-        return (rewards / np.sqrt(var + 1e-8)).clip(-10.0, 10.0).astype(np.float32)
+        return (rewards / np.sqrt(variance + 1e-8)).clip(-10.0, 10.0).astype(np.float32)
 
     def state_dict(self) -> dict[str, object]:
-        return {"num_steps": self.num_steps, "return_stats": self.return_stats}
+        return {"num_steps": self.num_steps, "return_stats": self.return_stats.tolist()}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         self.num_steps = state["num_steps"]
-        self.return_stats = state["return_stats"]
+        self.return_stats[:] = state["return_stats"]
 
 
 def show(envs: gym.vector.VectorEnv, args: Args, videos: Path | None) -> gym.vector.VectorEnv:
@@ -397,8 +406,6 @@ def minibatch_loss(agent: Agent, minibatch: list[Tensor], args: Args) -> tuple[T
     obs, actions, logprobs, old_values, advantages, returns = minibatch
     policy, values = agent(obs)
     logratio = policy.log_prob(actions) - logprobs
-    if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # no 0 / 0
     pg_loss = policy_loss(logratio, advantages, args.clip_coef)
     v_loss = value_loss(values, old_values, returns, args.clip_coef if args.clip_vloss else None)
     entropy = policy.entropy().mean()
@@ -420,9 +427,19 @@ def minibatch_gradient(
     """Of the loss of some rows of the batch: one vector for all parameters, no longer than max_grad_norm."""
     loss, metrics = minibatch_loss(agent, [x[rows] for x in batch], args)
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
-    metrics["losses/grad_norm"] = norm = gradient.norm()
-    metrics = {name: metric.detach() for name, metric in metrics.items()}
-    return gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), metrics
+    gradient, metrics["losses/grad_norm"] = shorten(gradient, args.max_grad_norm)
+    return gradient, {name: metric.detach() for name, metric in metrics.items()}
+
+
+def shorten(gradient: Tensor, max_grad_norm: float) -> tuple[Tensor, Tensor]:  # also its norm
+    norm = gradient.norm()
+    return gradient * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0), norm
+
+
+def normalize(advantages: Tensor) -> Tensor:  # (K, M) of K minibatches, to mean 0 and deviation 1 in each
+    mean, variance = moments(advantages, dim=1)
+    number = advantages.shape[1] * world_size()
+    return (advantages - mean) / ((variance * number / (number - 1)).sqrt() + 1e-8)  # no 0 / 0
 
 
 def update(
@@ -432,18 +449,23 @@ def update(
     advantages, returns = compute_gae(*rollout[3:], args.gamma, args.gae_lambda)  # from the rewards on
     obs, actions, logprobs, _, values, *_ = rollout
     batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, values, advantages, returns)]
+    advantages = batch[-2]
     (parameters,), history = optimizer.param_groups[0]["params"], []
     for _ in range(args.update_epochs):
-        for rows in torch.randperm(args.batch_size, device=obs.device).split(args.minibatch_size):
+        order = torch.randperm(len(batch[0]), device=obs.device).view(args.num_minibatches, -1)
+        if args.norm_adv:
+            batch[-2] = advantages.index_put((order,), normalize(advantages[order]))
+        for rows in order:
             parameters.grad, metrics = gradient(agent, batch, rows, args)
             optimizer.step()
             agent.log_std.data.clamp_(-20.0, 2.0)  # after the step, so that its gradient never vanishes
             history.append(torch.stack(list(metrics.values())))
-        if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
+        if args.target_kl is not None and average(metrics["losses/approx_kl"]) > args.target_kl:
             break
     agent.normalize.update(obs.flatten(0, 1))  # not before: both policies of the ratio see the same input
-    means = dict(zip(metrics, torch.stack(history).mean(0).tolist(), strict=True))
-    explained = 1.0 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+    means = dict(zip(metrics, average(torch.stack(history).mean(0)).tolist(), strict=True))
+    errors, spread = (moments(x.flatten(), dim=0)[1] for x in (returns - values, returns))
+    explained = 1.0 - errors / spread.clamp(min=1e-8)
     learning_rate = optimizer.param_groups[0]["lr"]
     return means | {"losses/explained_variance": explained.item(), "charts/learning_rate": learning_rate}
 
@@ -519,7 +541,7 @@ class Checkpoints:
         (logger.dir / "checkpoints").mkdir(exist_ok=True)
 
     def state(self, iteration: int) -> dict[str, object]:
-        about = {"format": 1, "script": Args.exp_name, "args": asdict(self.args), "iteration": iteration}
+        about = {"format": 2, "script": Args.exp_name, "args": asdict(self.args), "iteration": iteration}
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         return about | {"rng": [torch.get_rng_state(), *cuda]} | parts
@@ -583,7 +605,7 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as error:  # as many kinds as there are ways to break a file
         raise ArgumentError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
     require(script == Args.exp_name, f"{path}: written by {script!r}, not by this script, {Args.exp_name}")
-    require(version == 1, f"{path}: of format {version}, while this script writes and reads format 1")
+    require(version == 2, f"{path}: of format {version}, while this script writes and reads format 2")
     with fitting(path, "this script"):
         parts = set("iteration rng agent optimizer envs logger step seconds returns best".split())
         missing = parts - {*checkpoint, *checkpoint["logger"]}
@@ -660,8 +682,9 @@ def noted_signals() -> Iterator[list[int]]:
 
     def note(number: int, _) -> None:
         noted.append(number)
+        again = signal.SIG_DFL if world_size() == 1 else signal.SIG_IGN  # torchrun passes on what it gets
         for caught in handlers:
-            signal.signal(caught, signal.SIG_DFL)
+            signal.signal(caught, again)
         os.write(2, b"\nstopping once this iteration is done and saved; a second signal stops at once\n")
 
     with suppress(ValueError):  # only the main thread can catch any
@@ -736,7 +759,6 @@ class Logger:
             self.returns.append(episodic_return)
             self.csv.write(f"{step},{self.seconds():.2f},{episodic_return},{length}\n")
             self.log(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
-        finished.clear()
 
     def log_iteration(self, step: int, metrics: dict[str, float]) -> None:
         bad = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
@@ -816,6 +838,69 @@ class Logger:
         self.tell_wandb(lambda run: run.finish())
 
 
+def world_size() -> int:
+    """Number of processes that torchrun has started; each has an equal part of the environments."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Which of them this one is, from 0 on."""
+    return int(os.environ.get("RANK", 0))
+
+
+def average(x: Tensor) -> Tensor:
+    """The mean of what every process passes; `x` itself where there is only one."""
+    if world_size() > 1:
+        x = x.contiguous()
+        distributed.all_reduce(x)
+        x /= world_size()
+    return x
+
+
+def gather(items: list) -> list:
+    """Those of every process, in order of rank."""
+    lists = [items] * world_size()
+    if world_size() > 1:
+        distributed.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance along a dimension, which becomes 1, over all processes."""
+    mean = average(x.mean(dim, keepdim=True))
+    return mean, average((x - mean).square().mean(dim, keepdim=True))
+
+
+def averaged(gradient: Callable, args: Args) -> Callable:
+    """minibatch_gradient(), or where each process has a part of the minibatch, that of all together."""
+    if world_size() == 1:
+        return gradient
+    unlimited = replace(args, max_grad_norm=math.inf)
+
+    def call(*inputs):
+        vector, metrics = gradient(*inputs[:-1], unlimited)  # the last one was `args`
+        vector, metrics["losses/grad_norm"] = shorten(average(vector), args.max_grad_norm)
+        return vector, metrics
+
+    return call
+
+
+@contextmanager
+def process_group(args: Args) -> Iterator[Args]:
+    """Joins the processes of torchrun, if any: the first one writes and prints, the others into the void."""
+    with ExitStack() as stack:
+        if world_size() > 1:
+            distributed.init_process_group()  # Gloo for what is on a CPU, NCCL for what is on a GPU
+            stack.callback(distributed.destroy_process_group)
+        if rank() > 0:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            folder = stack.enter_context(TemporaryDirectory())
+            stack.callback(os.chdir, os.getcwd())
+            os.chdir(folder)
+            args = replace(args, track=False, capture_video=False)
+        yield args
+
+
 def open_csv(path: Path, step: int):
     """To append to; rows that an earlier attempt wrote after `step` are dropped, they will come again."""
     rows = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
@@ -837,6 +922,7 @@ def describe_run(args: Args) -> dict[str, object]:
         "versions": {d.name: d.version for d in distributions() if d.name in packages},
         "python": platform.python_version(),
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "processes": world_size(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
         "git_commit": None if status else commit,
     }
@@ -860,8 +946,11 @@ def resolve_device(name: str) -> torch.device:
     """`auto` is the CPU: starting a GPU's kernels takes longer than networks this small."""
     known = re.fullmatch(r"auto|cpu|(cuda|mps)(:\d+)?", name)
     require(known is not None, f"--device {name}: not auto, cpu, cuda, cuda:1 or mps")
+    name = "cpu" if name == "auto" else name
+    if name == "cuda" and world_size() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # every process on a machine has its own
     try:
-        return torch.empty(0, device="cpu" if name == "auto" else name).device
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
@@ -871,7 +960,9 @@ def set_up(args: Args, iteration: int = 0) -> torch.device:
     device = resolve_device(args.device)
     torch.set_num_threads(1)  # two threads wait for each other longer than such small layers take
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    np.random.seed([args.seed % 2**32, iteration])  # for environments that draw from the global generator
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    np.random.seed([args.seed % 2**32, iteration, rank()])  # for environments that draw from this generator
     torch.manual_seed(args.seed)
     Distribution.set_default_validate_args(False)  # its checks cost as much as the distributions themselves
     return device
@@ -940,12 +1031,19 @@ def train(args: Args) -> float:
     checkpoint = checkpoint_to_resume(args)
     iteration = checkpoint["iteration"] if checkpoint else 0
     device = set_up(args, iteration)
-    with closing(Envs(args, args.num_envs, [args.seed, iteration])) as envs:
+    with (
+        process_group(args) as args,
+        closing(Envs(args, args.num_envs // world_size(), [args.seed, iteration])) as envs,
+    ):
         agent = make_agent(args, envs).to(device)
         optimizer = make_optimizer(agent, args)
         fast_act, fast_gradient = accelerate(args, agent, device)
+        fast_gradient = averaged(fast_gradient, args)
         if checkpoint:
             restore(checkpoint, args, agent=agent, optimizer=optimizer, envs=envs)
+        if rank() > 0:  # the same agent, but other actions and minibatches
+            seed = np.random.default_rng([args.seed, iteration, rank()]).integers(2**63)
+            torch.manual_seed(int(seed))
         with (
             closing(Logger(args, checkpoint and checkpoint["logger"])) as logger,
             closing(Checkpoints(args, logger, agent=agent, optimizer=optimizer, envs=envs)) as checkpoints,
@@ -955,21 +1053,24 @@ def train(args: Args) -> float:
             collect, learn = logger.timed("rollout", collect_rollout), logger.timed("update", update)
             envs.step = logger.timed("env", envs.step)
             obs = torch.from_numpy(envs.reset()).to(device)
-            while iteration < args.num_iterations and not signals and not logger.solved(args.target_return):
+            stop = gather(signals)
+            while not stop and iteration < args.num_iterations and not logger.solved(args.target_return):
                 left = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
                 optimizer.param_groups[0]["lr"] = args.learning_rate * left
                 rollout, obs = collect(agent, envs, obs, args.num_steps, fast_act)
-                logger.log_episodes(envs.finished)
+                logger.log_episodes(sorted(gather(envs.finished)))
+                envs.finished.clear()
                 logger.log_iteration(envs.num_steps, learn(agent, optimizer, rollout, args, fast_gradient))
                 iteration += 1
                 checkpoints.after(iteration)
+                stop = gather(signals)
             checkpoints.save(iteration)
-            if not signals:
+            if not stop:
                 checkpoints.record(iteration)
             if logger.solved(args.target_return):
                 tqdm.write(f"solved at step {logger.step:,} after {logger.seconds() / 60:.1f} min")
-    if signals:
-        sys.exit(128 + signals[0])
+    if stop:
+        sys.exit(128 + stop[0])
     return logger.mean_return()
 
 

@@ -261,7 +261,7 @@ def test_files_of_a_run(stopped):
     for checkpoint in (last(stopped.folder), best(stopped.folder)):
         assert_plain(checkpoint)
         assert checkpoint.keys() == KEYS
-        assert checkpoint["format"] == 1
+        assert checkpoint["format"] == 2
         assert checkpoint["script"] == stopped.script.__name__
         assert checkpoint["args"] == asdict(stopped.args)
         assert (
@@ -780,7 +780,7 @@ BROKEN = {
     "loop": loop,
     "other script": lambda path: changed(path, script="ppo_other"),
     "other sizes": of_other_sizes,
-    "newer format": lambda path: changed(path, format=2),
+    "newer format": lambda path: changed(path, format=3),
     "unknown argument": with_args(no_such_argument=1),
     "argument out of range": with_args(num_envs=-1),
     "argument of another type": with_args(gamma="high"),

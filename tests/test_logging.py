@@ -221,7 +221,6 @@ def test_logged_numbers_come_back(script, here):
     logger = script.Logger(short_args(script))
     finished = [(5, -1.5, 5), (9, 300.25, 4)]
     logger.log_episodes(finished)
-    assert finished == []  # or they would be logged again
     logger.log_iteration(12, {"losses/value_loss": 0.5})
     logger.close()
     rows = [(row["global_step"], row["return"], row["length"]) for row in episodes(here / "runs" / "test")]

@@ -82,7 +82,7 @@ def whole_batch(case, rollout, args) -> Batch:
 
 @over_cases(CASES)
 def test_every_transition_takes_part_once_per_epoch(case, spy_on):
-    args, agent = make_args(case.script, update_epochs=3), make_agent(case)
+    args, agent = make_args(case.script, update_epochs=3, norm_adv=False), make_agent(case)
     rollout = make_rollout(case, agent, args)
     rollout.obs[..., 0] = torch.arange(16).view(8, 2, *[1] * (rollout.obs.dim() - 3))  # the row's number
     spy = spy_on(case.script)
@@ -101,6 +101,20 @@ def test_every_transition_takes_part_once_per_epoch(case, spy_on):
     epochs = torch.cat(orders).view(3, 16)
     assert all(sorted(epoch.tolist()) == list(range(16)) for epoch in epochs)
     assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
+
+
+@over_cases(CASES)
+def test_advantages_are_normalized_in_each_minibatch(case, spy_on):
+    """Those of the batch, not those that the epoch before has normalised."""
+    args, agent = make_args(case.script, update_epochs=3), make_agent(case)
+    rollout, spy = make_rollout(case, agent, args), spy_on(case.script)
+    rollout.obs[..., 0] = torch.arange(16).view(8, 2, *[1] * (rollout.obs.dim() - 3))  # the row's number
+    advantages = whole_batch(case, rollout, args).advantages
+    case.script.update(agent, adam(agent), rollout, args)
+    assert len(spy.calls) == 12
+    for call in spy.calls:
+        x = advantages[call["minibatch"][0].flatten(1)[:, 0].long()]
+        torch.testing.assert_close(call["minibatch"][-2], (x - x.mean()) / (x.std() + 1e-8))
 
 
 @over_cases(CASES)
