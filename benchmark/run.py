@@ -150,6 +150,9 @@ def main(
     rounds: int = 5,
     baseline: str = sys.executable,
     cleanrl: str = "cleanrl",
+    sb3: str | None = None,
+    lean: str | None = None,
+    leanrl: str = "leanrl",
 ) -> None:
     """Train every run of a study that has no result yet.
 
@@ -159,9 +162,14 @@ def main(
         rounds: of the speed measurement, each with one run of every side.
         baseline: Python interpreter for CleanRL, with the packages that it needs.
         cleanrl: a checkout of CleanRL.
+        sb3: Python interpreter for Stable-Baselines3; without, it is left out.
+        lean: Python interpreter for LeanRL; without, it is left out.
+        leanrl: a checkout of LeanRL.
     """
     if study == "speed":
-        return speed.main(rounds, baseline, str(Path(cleanrl).resolve()))
+        checkouts = {"cleanrl": str(Path(cleanrl).resolve()), "leanrl": str(Path(leanrl).resolve())}
+        interpreters = {"baseline": baseline, "sb3": sb3, "lean": lean}
+        return speed.main(rounds, checkouts, {name: path for name, path in interpreters.items() if path})
     names = [name for name in STUDIES if study in (name, name.partition("/")[0], "all")]
     if not names:
         sys.exit(f"error: no study {study}; there are {', '.join(STUDIES)}, paper, all and speed")

@@ -1,14 +1,16 @@
-"""How fast the scripts train, beside CleanRL on the same machine: `python benchmark/run.py speed`.
+"""How fast the scripts train, beside others on the same machine: `python benchmark/run.py speed`.
 
 Every contest runs all sides one after the other, several rounds of that, on an otherwise idle machine.
 Speed is read from TensorBoard: environment steps per second of wall clock, everything included, between the
-end of a burn-in (compiling, warming up) and the end of the run. Peak memory is that of the process.
+end of a burn-in (compiling, warming up) and the end of the run (LeanRL prints that rate instead). Peak memory
+is that of the process. Baselines whose interpreter is not given are left out.
 """
 
 import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -18,12 +20,16 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "speed"
 
-# contest: {side: command}; {baseline} is an interpreter with CleanRL's packages, {cleanrl} a checkout of it
+# contest: {side: command}; {baseline}, {sb3} and {lean} are interpreters with the packages of CleanRL,
+# Stable-Baselines3 and LeanRL, {cleanrl} and {leanrl} checkouts
 CONTESTS = {
     "Pong": {
         "ours": "{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 9216",
@@ -31,11 +37,15 @@ CONTESTS = {
         " --precision fp32 --no-compile",
         "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_atari.py --env-id PongNoFrameskip-v4"
         " --total-timesteps 5120 --no-cuda",
+        "Stable-Baselines3": "{sb3} {root}/benchmark/sb3.py PongNoFrameskip-v4 5120",
     },
     "HalfCheetah": {
         "ours": "{python} {root}/ppo_continuous.py --env-id HalfCheetah-v5 --total-timesteps 30720",
         "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_continuous_action.py --env-id HalfCheetah-v4"
         " --total-timesteps 14336 --no-cuda",
+        "Stable-Baselines3": "{sb3} {root}/benchmark/sb3.py HalfCheetah-v5 14336",
+        "LeanRL": "{lean} {leanrl}/leanrl/ppo_continuous_action_torchcompile.py --env-id HalfCheetah-v4"
+        " --total-timesteps 43008 --compile --no-cuda",
     },
     "Hopper": {
         "ours": "{python} {root}/ppo_continuous.py --env-id Hopper-v5 --total-timesteps 30720",
@@ -44,6 +54,9 @@ CONTESTS = {
         " --total-timesteps 14336 --no-cuda",
     },
 }
+BASELINES = {"CleanRL": "baseline", "Stable-Baselines3": "sb3", "LeanRL": "lean"}  # side: its interpreter
+SHORT = dict.fromkeys(("python", "baseline", "sb3", "lean"), "python")  # as the report calls them
+SHORT |= {"root": ".", "cleanrl": "cleanrl", "leanrl": "leanrl"}
 BURN_IN = 3  # iterations
 
 # name: (command, transitions per batch) for each number of environments of SWEEP
@@ -72,9 +85,12 @@ def measure(command: str, folder: Path, environment: dict[str, str]) -> Measurem
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{command}\n{output[-2000:]}")
+    if rates := re.findall(r"speed: *([\d.]+) sps", output):
+        return Measurement(float(rates[-1]), usage.ru_maxrss / 1024, ())
     (events,) = folder.glob("runs/*/events.out.tfevents.*")
     reader = EventAccumulator(str(events)).Reload()
-    first, *_, last = reader.Scalars("charts/SPS")[BURN_IN - 1 :]
+    rate_tag = "charts/SPS" if "charts/SPS" in reader.Tags()["scalars"] else "time/fps"
+    first, *_, last = reader.Scalars(rate_tag)[BURN_IN - 1 :]
     rate = (last.step - first.step) / (last.wall_time - first.wall_time)
     tags = [f"time/{part}" for part in PARTS if f"time/{part}" in reader.Tags()["scalars"]]
     parts = [statistics.median(point.value for point in reader.Scalars(tag)[BURN_IN:]) for tag in tags]
@@ -121,10 +137,29 @@ def tabulate(report: dict) -> str:
     return "\n".join(rows) + "\n"
 
 
-def main(rounds: int, baseline: str, cleanrl: str) -> None:
+def plot(report: dict) -> None:
+    """Median steps per second of every side as bars, its rounds as dots."""
+    contests = report["contests"]
+    figure, axes = plt.subplots(1, len(contests), figsize=(4.2 * len(contests), 2.6), squeeze=False)
+    for axis, (contest, sides) in zip(axes[0], contests.items(), strict=True):
+        rates = [side["steps_per_second"] for side in sides.values()]
+        colors = ["tab:gray" if side in BASELINES else "tab:blue" for side in sides]
+        axis.barh(list(sides), [statistics.median(rate) for rate in rates], color=colors, alpha=0.6)
+        for row, rate in enumerate(rates):
+            axis.plot(rate, [row] * len(rate), "k.", markersize=3)
+        axis.invert_yaxis()
+        axis.set_title(contest)
+        axis.set_xlabel("steps per second")
+    figure.tight_layout()
+    figure.savefig(RESULTS / "speed.png", dpi=130)
+    plt.close(figure)
+
+
+def main(rounds: int, checkouts: dict[str, str], interpreters: dict[str, str]) -> None:
     """Contests that speed.json holds already are left out; delete it to measure anew."""
-    environment = os.environ | {"PYTHONPATH": cleanrl, "PYTHONWARNINGS": "ignore"}
-    words = {"python": sys.executable, "root": ROOT, "baseline": baseline, "cleanrl": cleanrl}
+    paths = os.pathsep.join(checkouts.values())
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", "WANDB_MODE": "disabled"}
+    words = {"python": sys.executable, "root": ROOT} | checkouts | interpreters
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "speed.json"
     report = json.loads(path.read_text()) if path.exists() else {"contests": {}}
@@ -134,6 +169,7 @@ def main(rounds: int, baseline: str, cleanrl: str) -> None:
     for contest, sides in CONTESTS.items():
         if contest in report["contests"]:
             continue
+        sides = {side: command for side, command in sides.items() if BASELINES.get(side, "python") in words}
         measured = {side: [] for side in sides}
         for _, (side, command) in itertools.product(range(rounds), sides.items()):
             one = run(command, words, environment)
@@ -141,7 +177,7 @@ def main(rounds: int, baseline: str, cleanrl: str) -> None:
             print(f"{contest}, {side}: {one.steps_per_second:.0f} steps/s", flush=True)
         report["contests"][contest] = {
             side: {
-                "command": command.format(python="python", baseline="python", root=".", cleanrl="cleanrl"),
+                "command": command.format_map(SHORT),
                 "steps_per_second": [round(one.steps_per_second, 1) for one in measured[side]],
                 "peak_megabytes": [round(one.peak_megabytes) for one in measured[side]],
             }
@@ -151,5 +187,6 @@ def main(rounds: int, baseline: str, cleanrl: str) -> None:
     if "sweep" not in report:
         report["sweep"] = sweep(words, environment)
         path.write_text(json.dumps(report, indent=1) + "\n")
+    plot(report)
     (RESULTS / "table.md").write_text(tabulate(report))
     print(tabulate(report))
