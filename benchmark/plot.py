@@ -63,7 +63,69 @@ def tabulate(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
     (study / "table.md").write_text("\n".join(rows) + "\n")
 
 
+# [PPO] Table 1, by the folders of results/paper/
+PAPER_SCORES = {"none": -0.39, "clip-0.1": 0.76, "clip-0.2": 0.82, "clip-0.3": 0.70}
+PAPER_SCORES |= {"adaptive-0.003": 0.68, "adaptive-0.01": 0.74, "adaptive-0.03": 0.71}
+PAPER_SCORES |= {"fixed-0.3": 0.62, "fixed-1": 0.71, "fixed-3": 0.72, "fixed-10": 0.69}
+
+
+def bootstrap(scores: list[np.ndarray], draws: int = 10_000) -> tuple[float, float]:
+    """95 % interval of the mean over tasks of the mean over seeds, the seeds of each task drawn again."""
+    rng = np.random.default_rng(0)
+    means = [rng.choice(x, (draws, len(x))).mean(1) for x in scores]
+    return tuple(np.quantile(np.mean(means, axis=0), (0.025, 0.975)))
+
+
+def paper(folder: Path) -> None:
+    """Our Table 1 beside the paper's; the scores of a task go from 0, random actions, to 1, the best run."""
+    finals = {}  # objective: {task: final returns}
+    for objective in ("random", *PAPER_SCORES):
+        runs = load(folder / objective)
+        finals[objective] = {
+            env_id: np.array([run["final_mean_return"] for run in group])
+            for (env_id, _), group in runs.items()
+        }
+    floor = {task: returns.mean() for task, returns in finals.pop("random").items()}
+    best = {task: max(max(of.get(task, [-np.inf])) for of in finals.values()) for task in floor}
+    titles = [task.removesuffix("-v5") for task in floor]
+    rows = [
+        f"| objective | runs | score | 95 % | paper | {' | '.join(titles)} |",
+        "|---" * (5 + len(floor)) + "|",
+    ]
+    shown = {}
+    for objective, of in finals.items():
+        if not of:
+            continue
+        scores = [(of[task] - floor[task]) / (best[task] - floor[task]) for task in floor if task in of]
+        cells = [f"{of[task].mean():.1f}" if task in of else "" for task in floor]
+        runs, complete = sum(map(len, of.values())), len(of) == len(floor)
+        score = f"{np.mean([x.mean() for x in scores]):.2f}" if complete else ""
+        low, high = bootstrap(scores)
+        interval = f"{low:.2f} to {high:.2f}" if complete and runs > len(floor) else ""
+        if complete:
+            shown[objective] = (float(score), low, high)
+        texts = [objective, str(runs), score, interval, f"{PAPER_SCORES[objective]:.2f}", *cells]
+        rows.append(f"| {' | '.join(texts)} |")
+    ends = ", ".join(f"{task} {floor[task]:.1f} to {best[task]:.1f}" for task in floor)
+    (folder / "table.md").write_text("\n".join([*rows, "", f"Scores 0 to 1 stand for: {ends}."]) + "\n")
+    if not shown:
+        return
+    figure, axis = plt.subplots(figsize=(6.5, 0.35 * len(shown) + 1.0))
+    for row, (objective, (score, low, high)) in enumerate(shown.items()):
+        axis.barh(row, score, color="tab:blue", alpha=0.6)
+        axis.plot([low, high], [row, row], color="tab:blue")
+        axis.plot(PAPER_SCORES[objective], row, "k|", markersize=14)
+    axis.set_yticks(range(len(shown)), list(shown))
+    axis.invert_yaxis()
+    axis.set_xlabel("normalised score: ours (bar, 95 % interval), the paper's (mark)")
+    figure.tight_layout()
+    figure.savefig(folder / "table1.png", dpi=130)
+    plt.close(figure)
+
+
 def main() -> None:
+    if (RESULTS / "paper" / "random").exists():
+        paper(RESULTS / "paper")
     for study in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         if runs := load(study):
             plot(study, runs)
