@@ -712,10 +712,11 @@ def noted_signals() -> Iterator[list[int]]:
 
     def note(number: int, _) -> None:
         noted.append(number)
-        again = signal.SIG_DFL if world_size() == 1 else signal.SIG_IGN  # torchrun passes on what it gets
+        again = signal.SIG_DFL if world_size() == 1 else signal.SIG_IGN  # torchrun repeats what it gets
         for caught in handlers:
             signal.signal(caught, again)
-        os.write(2, b"\nstopping once this iteration is done and saved; a second signal stops at once\n")
+        if rank() == 0:
+            os.write(2, b"\nstopping once this iteration is done and saved; a second signal stops at once\n")
 
     with suppress(ValueError):  # only the main thread can catch any
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -920,7 +921,11 @@ def process_group(args: Args) -> Iterator[Args]:
     """Joins the processes of torchrun, if any: the first one writes and prints, the others into the void."""
     with ExitStack() as stack:
         if world_size() > 1:
-            distributed.init_process_group()  # Gloo for what is on a CPU, NCCL for what is on a GPU
+            store, *_ = next(distributed.rendezvous("env://"))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = distributed.PrefixStore(attempt, store)  # that of the one before knows the dead
+            # Gloo for what is on a CPU, NCCL for what is on a GPU
+            distributed.init_process_group(store=store, rank=rank(), world_size=world_size())
             stack.callback(distributed.destroy_process_group)
         if rank() > 0:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))

@@ -45,7 +45,7 @@ CONTESTS = {
         " --total-timesteps 14336 --no-cuda",
         "Stable-Baselines3": "{sb3} {root}/benchmark/sb3.py HalfCheetah-v5 14336",
         "LeanRL": "{lean} {leanrl}/leanrl/ppo_continuous_action_torchcompile.py --env-id HalfCheetah-v4"
-        " --total-timesteps 43008 --compile --no-cuda",
+        " --total-timesteps 24576 --compile --no-cuda",
     },
     "Hopper": {
         "ours": "{python} {root}/ppo_continuous.py --env-id Hopper-v5 --total-timesteps 30720",
