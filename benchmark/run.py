@@ -23,6 +23,8 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
 
+MUJOCO_TASKS = "HalfCheetah Hopper Walker2d Swimmer InvertedDoublePendulum Ant Humanoid".split()
+
 # [PPO] Table 1: its seven tasks, and its eleven objectives, the most telling ones first
 PAPER_TASKS = "HalfCheetah Hopper InvertedDoublePendulum InvertedPendulum Reacher Swimmer Walker2d".split()
 PAPER_OBJECTIVES = {
@@ -48,14 +50,10 @@ def paper_study(objective: str, flags: str, seeds: int) -> list[tuple[str, str, 
     return [(script, f"{task}-v5", seeds, flags) for task in PAPER_TASKS]
 
 
-# study: (script, environment, number of seeds, flags)
+# study: (script, environment, number of seeds, flags, and processes of torchrun where there are several)
 STUDIES = {
-    "mujoco": [
-        ("ppo_continuous.py", "Hopper-v5", 3, ""),
-        ("ppo_continuous.py", "Walker2d-v5", 3, ""),
-        ("ppo_continuous.py", "HalfCheetah-v5", 3, ""),
-        ("ppo_kl_penalty.py", "Hopper-v5", 3, "--total-timesteps 1000000"),
-    ],
+    "mujoco": [("ppo_continuous.py", f"{task}-v5", 5, "") for task in MUJOCO_TASKS]
+    + [("ppo_kl_penalty.py", "Hopper-v5", 3, "--total-timesteps 1000000")],
     "classic": [
         (
             "ppo_continuous.py",
@@ -77,6 +75,9 @@ STUDIES = {
             " --num-minibatches 16 --no-clip-vloss",
         ),
     ],
+    "torchrun": [  # to compare with `hopper`
+        ("ppo_continuous.py", "Hopper-v5", 3, "", 2),
+    ],
     "paper/random": paper_study("ppo_continuous.py", "--total-timesteps 50000 --learning-rate 0", 1),
 } | {
     f"paper/{name}": paper_study(objective, "--total-timesteps 1000000 --no-anneal-lr", 3)
@@ -91,6 +92,7 @@ class Run:
     env_id: str
     seed: int
     flags: str
+    processes: int = 1
 
     @property
     def name(self) -> str:
@@ -106,10 +108,15 @@ def execute(run: Run) -> str | None:
     if run.result.exists():
         return None
     run_dir = ROOT / "runs" / f"{run.study.replace('/', '-')}__{run.name}"
-    command = f"python {run.script} --env-id {run.env_id} --seed {run.seed} {run.flags}".strip()
+    arguments = f"{run.script} --env-id {run.env_id} --seed {run.seed} {run.flags}".strip()
+    command, launcher = f"python {arguments}", [sys.executable]
+    if run.processes > 1:
+        flags = f"--standalone --nproc-per-node={run.processes}"
+        command = f"torchrun {flags} {arguments}"
+        launcher += ["-m", "torch.distributed.run", *flags.split()]
     print(command, flush=True)
     process = subprocess.run(
-        [sys.executable, *shlex.split(command)[1:], "--run-name", run_dir.name, "--resume"],
+        [*launcher, *shlex.split(arguments), "--run-name", run_dir.name, "--resume"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
@@ -174,9 +181,9 @@ def main(
     if not names:
         sys.exit(f"error: no study {study}; there are {', '.join(STUDIES)}, paper, all and speed")
     runs = [
-        Run(name, script, env_id, seed, flags)
+        Run(name, script, env_id, seed, flags, *processes)
         for name in names
-        for script, env_id, seeds, flags in STUDIES[name]
+        for script, env_id, seeds, flags, *processes in STUDIES[name]
         for seed in range(1, seeds + 1)
     ]
     runs.sort(key=lambda run: run.seed)  # stopped early, every study has some of its seeds

@@ -1,0 +1,101 @@
+"""The studies behind the README: run, left out when done, resumed, summarised and drawn."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import plot  # noqa: E402
+import run as runner  # noqa: E402
+import scaling  # noqa: E402
+
+FLAGS = "--total-timesteps 512 --num-envs 4 --num-steps 64 --num-minibatches 4 --update-epochs 1 --no-compile"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A folder with one script and two small studies, one of which cannot work."""
+    shutil.copy(ROOT / "ppo_kl_penalty.py", tmp_path)
+    results = tmp_path / "benchmark" / "results"
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "RESULTS", results)
+    monkeypatch.setattr(plot, "RESULTS", results)
+    studies = {
+        "small": [("ppo_kl_penalty.py", "CartPole-v1", 2, FLAGS)],
+        "wrong": [("ppo_kl_penalty.py", "CartPole-v1", 1, "--gamma 2")],
+    }
+    monkeypatch.setattr(runner, "STUDIES", studies)
+    return tmp_path
+
+
+def test_a_study_from_its_runs_to_its_picture(project, monkeypatch, capsys):
+    runner.main("small", workers=2)
+    folder = project / "benchmark" / "results" / "small"
+    files = [folder / f"CartPole-v1__ppo_kl_penalty__{seed}.json" for seed in (1, 2)]
+    for seed, file in zip((1, 2), files, strict=True):
+        summary = json.loads(file.read_text())
+        assert summary["command"] == f"python ppo_kl_penalty.py --env-id CartPole-v1 --seed {seed} {FLAGS}"
+        assert summary["args"]["seed"] == seed and summary["versions"]["torch"]
+        rows = (project / "runs" / f"small__{file.stem}" / "episodes.csv").read_text().splitlines()[1:]
+        returns = [float(row.split(",")[2]) for row in rows][-100:]
+        assert summary["final_mean_return"] == pytest.approx(sum(returns) / len(returns), abs=0.01)
+        steps = [step for step, _ in summary["curve"]]
+        assert summary["episodes"] == len(rows) and steps == sorted(steps)
+
+    plot.main()
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "| CartPole-v1 | ppo_kl_penalty.py | 512 |" in (folder / "table.md").read_text()
+
+    monkeypatch.setattr(runner.subprocess, "run", lambda *_, **__: pytest.fail("runs again what is done"))
+    runner.main("small", workers=1)
+
+
+def test_a_failure_is_reported_and_leaves_no_result(project):
+    with pytest.raises(SystemExit, match=r"these runs failed:(.|\n)*--gamma must be between 0 and 1"):
+        runner.main("wrong", workers=1)
+    assert not (project / "benchmark" / "results" / "wrong").exists()
+
+
+def test_an_unknown_study_is_refused(project):
+    with pytest.raises(SystemExit, match="no study mujocco; there are small, wrong"):
+        runner.main("mujocco")
+
+
+def write_runs(folder: Path, task: str, script: str, finals: list[float]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, final in enumerate(finals, 1):
+        run = {"args": {"env_id": task}, "script": script, "final_mean_return": final}
+        (folder / f"{task}__{Path(script).stem}__{seed}.json").write_text(json.dumps(run))
+
+
+def test_the_table_of_the_paper(project):
+    """Scores by hand: task A goes from 10 to 110, task B from -1 to 1."""
+    folder = project / "benchmark" / "results" / "paper"
+    for objective, a, b in (
+        ("random", [10.0], [-1.0]),
+        ("none", [10.0, 10.0], [-2.0, 0.0]),
+        ("clip-0.2", [110.0, 60.0], [1.0, 1.0]),
+        ("fixed-1", [60.0, 60.0], []),
+    ):
+        write_runs(folder / objective, "A-v5", "ppo_continuous.py", a)
+        write_runs(folder / objective, "B-v5", "ppo_continuous.py", b)
+    plot.paper(folder)
+    head, _, *rows = (folder / "table.md").read_text().splitlines()
+    assert head == "| objective | runs | score | 95 % | paper | A | B |"
+    assert rows[0] == "| none | 4 | 0.00 | -0.25 to 0.25 | -0.39 | 10.0 | -1.0 |"
+    assert rows[1] == "| clip-0.2 | 4 | 0.88 | 0.75 to 1.00 | 0.82 | 85.0 | 1.0 |"
+    assert rows[2] == "| fixed-1 | 2 |  |  | 0.71 | 60.0 |  |"  # no score before every task is there
+    assert rows[-1] == "Scores 0 to 1 stand for: A-v5 10.0 to 110.0, B-v5 -1.0 to 1.0."
+    assert (folder / "table1.png").exists()
+
+
+def test_the_model_of_scaling():
+    """One process sends nothing; two send half of the vector twice, in 2 hops, for every reduction."""
+    assert scaling.predict(3.0, 1, 320, 1_000, 1e-4, 1e9) == 3.0
+    expected = 3.0 + 320 * 2 * (1e-4 + 4 * 500 / 1e9)
+    assert scaling.predict(3.0, 2, 320, 1_000, 1e-4, 1e9) == pytest.approx(expected)
