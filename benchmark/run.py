@@ -51,38 +51,59 @@ def paper_study(objective: str, flags: str, seeds: int) -> list[tuple[str, str, 
 
 
 # study: (script, environment, number of seeds, flags, and processes of torchrun where there are several)
-STUDIES = {
-    "mujoco": [("ppo_continuous.py", f"{task}-v5", 5, "") for task in MUJOCO_TASKS]
-    + [("ppo_kl_penalty.py", "Hopper-v5", 3, "--total-timesteps 1000000")],
-    "classic": [
-        (
-            "ppo_continuous.py",
-            "Pendulum-v1",
-            3,
-            "--total-timesteps 200000 --gamma 0.9 --learning-rate 1e-3 --no-clip-vloss",
-        ),
-        ("ppo_kl_penalty.py", "CartPole-v1", 3, "--total-timesteps 150000"),
-    ],
-    "hopper": [  # with the faster code, to compare with `interrupted`
-        ("ppo_continuous.py", "Hopper-v5", 3, ""),
-    ],
-    "pong": [
-        (
-            "ppo_atari.py",
-            "PongNoFrameskip-v4",
-            1,
-            "--total-timesteps 1500160 --precision bf16 --num-envs 16 --learning-rate 5e-4"
-            " --num-minibatches 16 --no-clip-vloss",
-        ),
-    ],
-    "torchrun": [  # to compare with `hopper`
-        ("ppo_continuous.py", "Hopper-v5", 3, "", 2),
-    ],
-    "paper/random": paper_study("ppo_continuous.py", "--total-timesteps 50000 --learning-rate 0", 1),
-} | {
-    f"paper/{name}": paper_study(objective, "--total-timesteps 1000000 --no-anneal-lr", 3)
-    for name, objective in PAPER_OBJECTIVES.items()
-}
+STUDIES = (
+    {
+        "mujoco": [("ppo_continuous.py", f"{task}-v5", 5, "") for task in MUJOCO_TASKS]
+        + [("ppo_kl_penalty.py", "Hopper-v5", 3, "--total-timesteps 1000000")],
+        "classic": [
+            (
+                "ppo_continuous.py",
+                "Pendulum-v1",
+                3,
+                "--total-timesteps 200000 --gamma 0.9 --learning-rate 1e-3 --no-clip-vloss",
+            ),
+            ("ppo_kl_penalty.py", "CartPole-v1", 3, "--total-timesteps 150000"),
+        ],
+        "hopper": [  # with the faster code, to compare with `interrupted`
+            ("ppo_continuous.py", "Hopper-v5", 3, ""),
+        ],
+        "pong": [
+            (
+                "ppo_atari.py",
+                "PongNoFrameskip-v4",
+                1,
+                "--total-timesteps 1500160 --precision bf16 --num-envs 16 --learning-rate 5e-4"
+                " --num-minibatches 16 --no-clip-vloss",
+            ),
+        ],
+    }
+    | {
+        f"torchrun/{processes}": [
+            ("ppo_continuous.py", "Hopper-v5", 3, "--total-timesteps 300000", processes),
+        ]
+        for processes in (1, 2)
+    }
+    | {
+        f"torchrun-pong/{processes}": [
+            (
+                "ppo_atari.py",
+                "PongNoFrameskip-v4",
+                3,
+                "--total-timesteps 299008 --num-envs 16 --learning-rate 5e-4 --num-minibatches 16"
+                " --no-clip-vloss --no-anneal-lr",
+                processes,
+            ),
+        ]
+        for processes in (1, 2)
+    }
+    | {
+        "paper/random": paper_study("ppo_continuous.py", "--total-timesteps 50000 --learning-rate 0", 1),
+    }
+    | {
+        f"paper/{name}": paper_study(objective, "--total-timesteps 1000000 --no-anneal-lr", 3)
+        for name, objective in PAPER_OBJECTIVES.items()
+    }
+)
 
 
 @dataclass(frozen=True)
