@@ -118,7 +118,7 @@ def measure() -> dict:
 
 def tabulate(report: dict) -> str:
     rows = [
-        "| task | processes | compute, ms | predicted, ms | measured, ms | speed-up | with more environments |",
+        "| task | processes | compute, ms | predicted, ms | measured, ms | speed-up | more environments |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, lines in report["tasks"].items():
