@@ -512,6 +512,8 @@ def evaluate_checkpoint(args: Args) -> None:
         step = int(checkpoint["envs"]["num_steps"])
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     videos = run_dir / "videos" / f"{path.stem}-{slug(args.env_id)}" if args.capture_video else None
+    actions = "likeliest" if args.deterministic else "sampled"
+    print(f"{path}, step {step:,}, on {args.env_id}, {actions} actions", flush=True)
     try:
         episodes = evaluate(agent, args, videos)
     except Exception as error:  # no display, no ffmpeg, no EGL: each simulator has its own
@@ -521,8 +523,6 @@ def evaluate_checkpoint(args: Args) -> None:
         episodes = evaluate(agent, replace(args, render=False))
     returns, lengths = np.array(episodes).T
     row = {"mean": returns.mean(), "std": returns.std(), "min": returns.min(), "max": returns.max()}
-    actions = "likeliest" if args.deterministic else "sampled"
-    print(f"{path}, step {step:,}, on {args.env_id}, {actions} actions")
     print(*(f"{name:>10}" for name in ("episodes", *row, "length")))
     print(f"{len(episodes):10}", *(f"{x:10.2f}" for x in (*row.values(), lengths.mean())))
     about = {"checkpoint": path.name, "global_step": step, "env_id": args.env_id, "seed": args.seed}
@@ -561,6 +561,8 @@ class Checkpoints:
         self.saved = time.monotonic()
 
     def write(self, name: str, state: dict[str, object]) -> None:
+        if rank() > 0:
+            return
         torch.save(state, buffer := io.BytesIO())
         replace_file(self.logger.dir / "checkpoints" / name, buffer.getvalue())
 
@@ -685,8 +687,9 @@ def noted_signals() -> Iterator[list[int]]:
         again = signal.SIG_DFL if world_size() == 1 else signal.SIG_IGN  # torchrun repeats what it gets
         for caught in handlers:
             signal.signal(caught, again)
+        at_once = "; a second signal stops at once" if world_size() == 1 else ""
         if rank() == 0:
-            os.write(2, b"\nstopping once this iteration is done and saved; a second signal stops at once\n")
+            os.write(2, f"\nstopping once this iteration is done and saved{at_once}\n".encode())
 
     with suppress(ValueError):  # only the main thread can catch any
         for number in (signal.SIGINT, signal.SIGTERM):

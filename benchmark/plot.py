@@ -19,11 +19,12 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def load(study: Path) -> dict[tuple[str, str], list[dict]]:
-    """The runs of a study by environment and script, in order of seeds."""
+    """The runs of a study by environment and script (and subfolder), in order of seeds."""
     runs = defaultdict(list)
-    for path in sorted(study.glob("*__*.json")):  # ENV__SCRIPT__SEED
+    for path in sorted(study.rglob("*__*.json")):  # ENV__SCRIPT__SEED
         run = json.loads(path.read_text())
-        runs[run["args"]["env_id"], run["script"]].append(run)
+        part = f", {path.parent.name}" if path.parent != study else ""
+        runs[run["args"]["env_id"], run["script"] + part].append(run)
     return dict(sorted(runs.items()))
 
 
@@ -126,7 +127,7 @@ def paper(folder: Path) -> None:
 def main() -> None:
     if (RESULTS / "paper" / "random").exists():
         paper(RESULTS / "paper")
-    for study in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+    for study in sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name != "paper"):
         if runs := load(study):
             plot(study, runs)
             tabulate(study, runs)

@@ -78,13 +78,13 @@ STUDIES = (
         ],
     }
     | {
-        f"torchrun/{processes}": [
+        f"torchrun/processes={processes}": [
             ("ppo_continuous.py", "Hopper-v5", 3, "--total-timesteps 300000", processes),
         ]
         for processes in (1, 2)
     }
     | {
-        f"torchrun-pong/{processes}": [
+        f"torchrun-pong/processes={processes}": [
             (
                 "ppo_atari.py",
                 "PongNoFrameskip-v4",
