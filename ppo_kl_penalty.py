@@ -194,6 +194,9 @@ class Envs:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             env = gym.make(args.env_id, disable_env_checker=True, **rendering)
+            if rendering and hasattr(env.unwrapped, "mujoco_renderer"):
+                with suppress(KeyError):  # the camera that follows the robot, where there is one
+                    env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera("track").id
             return gym.wrappers.FlattenObservation(env)
 
         pid = os.getpid()

@@ -292,6 +292,17 @@ def test_the_seed_decides(script, here, monkeypatch):
 
 
 @over_scripts(VECTOR_SCRIPTS)
+@pytest.mark.parametrize(("env_id", "camera"), [("Hopper-v5", "track"), ("InvertedPendulum-v5", None)])
+def test_the_camera_follows_a_robot(script, env_id, camera, tmp_path):
+    """Gymnasium's own one stays where the episode began, and soon shows nothing but the floor."""
+    args = script.Args(env_id=env_id, num_envs=1)
+    with closing(script.Envs(args, 1, 1, training=False, videos=tmp_path / "video")) as envs:
+        env = envs.envs.env.envs[0].unwrapped
+        expected = env.model.camera(camera).id if camera else -1  # -1: the free one
+        assert env.mujoco_renderer.camera_id == expected
+
+
+@over_scripts(VECTOR_SCRIPTS)
 def test_processes_play_the_same_episodes(script):
     alone = play_lottery(script, num_envs=2, eval_episodes=5)
     assert play_lottery(script, num_envs=2, eval_episodes=5, async_envs=True) == alone
