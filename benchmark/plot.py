@@ -93,13 +93,13 @@ def paper(folder: Path) -> None:
         f"| objective | runs | score | 95 % | paper | {' | '.join(titles)} |",
         "|---" * (5 + len(floor)) + "|",
     ]
-    shown = {}
+    shown, several = {}, sum(len(of) == len(floor) for of in finals.values()) > 1  # or the best is nobody
     for objective, of in finals.items():
         if not of:
             continue
         scores = [(of[task] - floor[task]) / (best[task] - floor[task]) for task in floor if task in of]
         cells = [f"{of[task].mean():.1f}" if task in of else "" for task in floor]
-        runs, complete = sum(map(len, of.values())), len(of) == len(floor)
+        runs, complete = sum(map(len, of.values())), len(of) == len(floor) and several
         score = f"{np.mean([x.mean() for x in scores]):.2f}" if complete else ""
         low, high = bootstrap(scores)
         interval = f"{low:.2f} to {high:.2f}" if complete and runs > len(floor) else ""
