@@ -835,7 +835,7 @@ def rank() -> int:
 
 
 def average(x: Tensor) -> Tensor:
-    """The mean of what every process passes; `x` itself where there is only one."""
+    """The mean of what every process passes, in place; `x` as it is where there is only one."""
     if world_size() > 1:
         x = x.contiguous()
         distributed.all_reduce(x)
@@ -876,9 +876,9 @@ def process_group(args: Args) -> Iterator[Args]:
     """Joins the processes of torchrun, if any: the first one writes and prints, the others into the void."""
     with ExitStack() as stack:
         if world_size() > 1:
+            # A restart finds the addresses of the dead in the store, unless each attempt has its own prefix.
             store, *_ = next(distributed.rendezvous("env://"))
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = distributed.PrefixStore(attempt, store)  # that of the one before knows the dead
+            store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             # Gloo for what is on a CPU, NCCL for what is on a GPU
             distributed.init_process_group(store=store, rank=rank(), world_size=world_size())
             stack.callback(distributed.destroy_process_group)

@@ -2,8 +2,8 @@
 
     python benchmark/sb3.py HalfCheetah-v5 14336
 
-In an environment with stable-baselines3, gymnasium[mujoco], ale-py, opencv-python and tensorboard
-Writes TensorBoard files below runs/.
+Needs stable-baselines3, gymnasium[mujoco], ale-py, opencv-python and tensorboard; writes TensorBoard files
+below runs/.
 """
 
 import sys

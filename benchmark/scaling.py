@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import distributed, multiprocessing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +38,6 @@ ITERATIONS, BURN_IN = 8, 3
 
 def iteration_seconds(command: str, ranks: int, num_envs: int, num_steps: int) -> float:
     """Median time of an iteration, from the wall times that TensorBoard has of them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     sizes = f"--num-envs {num_envs} --num-steps {num_steps} --checkpoint-interval 60"
     total = f"--total-timesteps {ITERATIONS * num_envs * num_steps}"
     start = [sys.executable]
@@ -142,7 +140,7 @@ def main() -> None:
         path.write_text(json.dumps(measure(), indent=1) + "\n")
     table = tabulate(json.loads(path.read_text()))
     (RESULTS / "table.md").write_text(table)
-    print(re.sub(r"^\|---.*\n", "", table, flags=re.MULTILINE))
+    print(table)
 
 
 if __name__ == "__main__":
