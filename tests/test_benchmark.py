@@ -94,6 +94,16 @@ def test_the_table_of_the_paper(project):
     assert (folder / "table1.png").exists()
 
 
+def test_one_objective_alone_has_no_score(project):
+    """It would be measured by its own best run."""
+    folder = project / "benchmark" / "results" / "paper"
+    for objective, final in (("random", 10.0), ("none", 20.0)):
+        write_runs(folder / objective, "A-v5", "ppo_continuous.py", [final])
+    plot.paper(folder)
+    assert "| none | 1 |  |  | -0.39 | 20.0 |" in (folder / "table.md").read_text()
+    assert not (folder / "table1.png").exists()
+
+
 def test_the_model_of_scaling():
     """One process sends nothing; two send half of the vector twice, in 2 hops, for every reduction."""
     assert scaling.predict(3.0, 1, 320, 1_000, 1e-4, 1e9) == 3.0
