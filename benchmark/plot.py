@@ -17,6 +17,9 @@ import numpy as np
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
+# Studies that change one thing of another study's runs, which are shown beside them.
+BESIDE = {"eager": "mujoco", "interrupted": "mujoco"}
+
 
 def load(study: Path) -> dict[tuple[str, str], list[dict]]:
     """The runs of a study by environment and script (and subfolder), in order of seeds."""
@@ -26,6 +29,18 @@ def load(study: Path) -> dict[tuple[str, str], list[dict]]:
         part = f", {path.parent.name}" if path.parent != study else ""
         runs[run["args"]["env_id"], run["script"] + part].append(run)
     return dict(sorted(runs.items()))
+
+
+def beside(runs: dict[tuple[str, str], list[dict]], name: str, other: str) -> dict:
+    """Those of another study in the same environments as well, each labelled with its study."""
+    others = load(RESULTS / other)
+    kinds = {key: {name: group, other: others.get(key, [])} for key, group in runs.items()}
+    return {
+        (env_id, f"{script}, {study}"): group
+        for (env_id, script), groups in kinds.items()
+        for study, group in groups.items()
+        if group
+    }
 
 
 def plot(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
@@ -129,6 +144,8 @@ def main() -> None:
         paper(RESULTS / "paper")
     for study in sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name != "paper"):
         if runs := load(study):
+            if study.name in BESIDE:
+                runs = beside(runs, study.name, BESIDE[study.name])
             plot(study, runs)
             tabulate(study, runs)
             print(f"{study.name}: {sum(map(len, runs.values()))} runs")

@@ -64,8 +64,8 @@ STUDIES = (
             ),
             ("ppo_kl_penalty.py", "CartPole-v1", 3, "--total-timesteps 150000"),
         ],
-        "hopper": [  # with the faster code, to compare with `interrupted`
-            ("ppo_continuous.py", "Hopper-v5", 3, ""),
+        "eager": [  # beside the same runs of `mujoco`
+            ("ppo_continuous.py", f"{task}-v5", 3, "--no-compile") for task in ("HalfCheetah", "Hopper")
         ],
         "pong": [
             (
