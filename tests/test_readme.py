@@ -1,0 +1,101 @@
+"""What README says: its commands work, its links lead somewhere, its scores are those of the results."""
+
+import json
+import re
+import shlex
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import test_evaluate
+from fakes import SCRIPTS
+
+import ppo_atari
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "benchmark" / "README.md"]
+
+
+def commands() -> list[list[str]]:
+    """Script and arguments of all command lines that start one of the scripts, in order, without torchrun."""
+    blocks = re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    starts = [[i for i, word in enumerate(line) if re.fullmatch(r"ppo_\w+\.py", word)] for line in words]
+    return [line[start[0] :] for line, start in zip(words, starts, strict=True) if start]
+
+
+def shrunk(args):
+    """The same with batches of 16, and 256 steps instead of 1M, unless it goes on with such a run."""
+    sizes = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1, "device": "cpu"}
+    steps = args.total_timesteps if args.total_timesteps <= 512 else args.total_timesteps // 3_900
+    sizes["total_timesteps"] = min(max(16, steps), 512)
+    return replace(args, **sizes)
+
+
+def test_commands_in_their_order(tmp_path, monkeypatch, capsys):
+    with test_evaluate.at_home(tmp_path) as patch:
+        for script in SCRIPTS:
+            train = script.train
+            patch.setattr(script, "train", lambda args, train=train: train(shrunk(args)))
+        ppo_atari.train(ppo_atari.Args(run_name="pong"))  # as README assumes
+        assert len(commands()) >= 12
+        for name, *argv in commands():
+            (script,) = (script for script in SCRIPTS if Path(script.__file__).name == name)
+            monkeypatch.setattr(sys, "argv", [name, *argv])
+            try:
+                script.main()
+            except SystemExit as stop:
+                pytest.fail(f"{name} {shlex.join(argv)}: status {stop.code}, {capsys.readouterr().err}")
+        assert (tmp_path / "runs" / "hopper" / "checkpoints" / "eval.json").exists()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_pictures(document):
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text())
+    for target in targets:
+        assert (document.parent / target).exists(), target
+    assert document != ROOT / "README.md" or len(targets) > 5
+
+
+def test_every_metric_is_explained(tmp_path):
+    logged = set()
+    with test_evaluate.at_home(tmp_path) as patch:
+        for script in SCRIPTS:
+            patch.setattr(script.Logger, "log", lambda self, step, scalars: logged.update(scalars))
+            script.train(test_evaluate.small_args(script, run_name=script.__name__))
+    explained = set(re.findall(r"`((?:charts|losses|time)/\w+)`", README))
+    assert explained == logged | {"charts/eval_return"}  # the last one only with --capture-video
+
+
+def scores(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
+
+
+def test_scores_are_those_of_the_runs():
+    finals = defaultdict(list)
+    for path in sorted((ROOT / "benchmark" / "results").rglob("*__*.json")):
+        run = json.loads(path.read_text())
+        finals[path.parent, run["args"]["env_id"], run["script"]].append(run["final_mean_return"])
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines()]
+    header = next(row for row in rows if "each seed" in row)
+    first = rows.index(header) + 2
+    number = 0
+    for row in rows[first : rows.index([""], first)]:
+        seeds, mean = scores(row[header.index("each seed")]), scores(row[header.index("mean ± sd")])
+        assert any(seeds == pytest.approx(returns, abs=0.6) for returns in finals.values()), row
+        assert mean[0] == pytest.approx(sum(seeds) / len(seeds), abs=1.0)
+        number += 1
+    assert number >= 5
+
+
+def test_arguments_exist():
+    """What README calls by name, but for --cuda, which it says is gone, and the options of other programs."""
+    known = {field for script in SCRIPTS for field in script.Args.__dataclass_fields__}
+    others = set("cuda help logdir nproc nnodes max rdzv nodes ntasks cpus signal".split())
+    for flag in set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", README)):
+        name = flag.removeprefix("no-").replace("-", "_")
+        assert name in known or flag.partition("-")[0] in others, flag
