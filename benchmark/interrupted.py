@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from run import ROOT, Run, summarize
+from run import ROOT, Run, episodes_in_csv, summarize
 
 SECONDS = (40.0, 90.0)  # between a start and its SIGKILL
 RUN = Run("interrupted", "ppo_continuous.py", "Hopper-v5", 1, "--checkpoint-interval 0.25")
@@ -37,7 +37,8 @@ def execute(run: Run) -> None:
     if status:
         sys.exit(f"{command} ended with exit status {status}")
     run.result.parent.mkdir(parents=True, exist_ok=True)
-    run.result.write_text(json.dumps({"kills": kills} | summarize(folder, command), indent=1) + "\n")
+    about = {"kills": kills} | json.loads((folder / "args.json").read_text())
+    run.result.write_text(json.dumps(summarize(command, episodes_in_csv(folder), about)) + "\n")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,29 @@ def tabulate(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
     (study / "table.md").write_text("\n".join(rows) + "\n")
 
 
+def cleanrl(folder: Path) -> None:
+    """CleanRL's runs beside ours of the same tasks, and how much better ours are."""
+    ours, theirs = load(RESULTS / "mujoco"), load(folder)
+    rows = ["| task | ours, v5 (seeds) | CleanRL, v4 (seeds) | difference | 95 % |", "|---|---|---|---|---|"]
+    runs = {}
+    for (env_id, script), group in theirs.items():
+        task = env_id.removesuffix("-v4")
+        mine = ours.get((f"{task}-v5", "ppo_continuous.py"))
+        if mine is None:
+            continue
+        runs |= {(task, "ppo_continuous.py, v5"): mine, (task, f"{script}, v4"): group}
+        finals = [np.array([run["final_mean_return"] for run in side]) for side in (mine, group)]
+        cells = [f"{x.mean():.1f} ± {x.std(ddof=1):.1f} ({len(x)})" for x in finals if len(x) > 1]
+        if len(cells) == 2:
+            rng = np.random.default_rng(0)
+            mean, other = (rng.choice(x, (10_000, len(x))).mean(1) for x in finals)
+            low, high = np.quantile(mean - other, (0.025, 0.975))
+            cells += [f"{finals[0].mean() - finals[1].mean():.1f}", f"{low:.0f} to {high:.0f}"]
+            rows.append(f"| {task} | {' | '.join(cells)} |")
+    plot(folder, runs)
+    (folder / "table.md").write_text("\n".join(rows) + "\n")
+
+
 # [PPO] Table 1, by the folders of results/paper/
 PAPER_SCORES = {"none": -0.39, "clip-0.1": 0.76, "clip-0.2": 0.82, "clip-0.3": 0.70}
 PAPER_SCORES |= {"adaptive-0.003": 0.68, "adaptive-0.01": 0.74, "adaptive-0.03": 0.71}
@@ -142,7 +165,10 @@ def paper(folder: Path) -> None:
 def main() -> None:
     if (RESULTS / "paper" / "random").exists():
         paper(RESULTS / "paper")
-    for study in sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name != "paper"):
+    if (RESULTS / "cleanrl").exists():
+        cleanrl(RESULTS / "cleanrl")
+    others = [path for path in RESULTS.iterdir() if path.is_dir() and path.name not in ("paper", "cleanrl")]
+    for study in sorted(others):
         if runs := load(study):
             if study.name in BESIDE:
                 runs = beside(runs, study.name, BESIDE[study.name])

@@ -1,6 +1,6 @@
 """Runs the studies behind the README's results, several at a time, and keeps one small file of each run.
 
-    python benchmark/run.py mujoco --workers 2
+    python benchmark/run.py mujoco eager --workers 2
 
 Finished runs are skipped and interrupted ones resumed, so the command can be repeated. A run is written to
 runs/STUDY__ENV__SCRIPT__SEED/ like any other; its summary to benchmark/results/STUDY/ENV__SCRIPT__SEED.json.
@@ -10,7 +10,10 @@ runs/STUDY__ENV__SCRIPT__SEED/ like any other; its summary to benchmark/results/
 import csv
 import json
 import os
+import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +22,7 @@ from pathlib import Path
 
 import speed
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
@@ -50,11 +54,17 @@ def paper_study(objective: str, flags: str, seeds: int) -> list[tuple[str, str, 
     return [(script, f"{task}-v5", seeds, flags) for task in PAPER_TASKS]
 
 
+CLEANRL_SCRIPT = "cleanrl/ppo_continuous_action.py"
+
 # study: (script, environment, number of seeds, flags, and processes of torchrun where there are several)
 STUDIES = (
     {
         "mujoco": [("ppo_continuous.py", f"{task}-v5", 5, "") for task in MUJOCO_TASKS]
         + [("ppo_kl_penalty.py", "Hopper-v5", 3, "--total-timesteps 1000000")],
+        "cleanrl": [  # cannot resume; beside `mujoco`
+            (CLEANRL_SCRIPT, f"{task}-v4", 5, "--total-timesteps 1000000 --no-cuda")
+            for task in ("HalfCheetah", "Hopper", "Walker2d")
+        ],
         "classic": [
             (
                 "ppo_continuous.py",
@@ -124,55 +134,93 @@ class Run:
         return RESULTS / self.study / f"{self.name}.json"
 
 
-def execute(run: Run) -> str | None:
+def execute(run: Run, baseline: str, cleanrl: Path) -> str | None:
     """Trains, unless that was done before, and writes the summary; returns what went wrong, if anything."""
     if run.result.exists():
         return None
     run_dir = ROOT / "runs" / f"{run.study.replace('/', '-')}__{run.name}"
     arguments = f"{run.script} --env-id {run.env_id} --seed {run.seed} {run.flags}".strip()
-    command, launcher = f"python {arguments}", [sys.executable]
+    command, launcher, folder = f"python {arguments}", [sys.executable], ROOT
+    words = [*shlex.split(arguments), "--run-name", run_dir.name, "--resume"]
     if run.processes > 1:
         flags = f"--standalone --nproc-per-node={run.processes}"
         command = f"torchrun {flags} {arguments}"
         launcher += ["-m", "torch.distributed.run", *flags.split()]
+    if run.script == CLEANRL_SCRIPT:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        run_dir.mkdir(parents=True)
+        launcher, folder, words = [baseline], run_dir, [cleanrl / run.script, *shlex.split(arguments)[1:]]
     print(command, flush=True)
     process = subprocess.run(
-        [*launcher, *shlex.split(arguments), "--run-name", run_dir.name, "--resume"],
-        cwd=ROOT,
+        [*launcher, *words],
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
     )
     if process.returncode:
         return f"{command}\n{process.stderr}"
+    if run.script == CLEANRL_SCRIPT:
+        about = describe_cleanrl(run, baseline, cleanrl)
+        summary = summarize(command, episodes_in_tensorboard(run_dir), about)
+    else:
+        about = json.loads((run_dir / "args.json").read_text())
+        summary = summarize(command, episodes_in_csv(run_dir), about)
     run.result.parent.mkdir(parents=True, exist_ok=True)
-    run.result.write_text(json.dumps(summarize(run_dir, command)) + "\n")
+    run.result.write_text(json.dumps(summary) + "\n")
     print(f"{run.result.relative_to(ROOT)} written", flush=True)
     return None
 
 
-def summarize(run_dir: Path, command: str, points: int = 100) -> dict[str, object]:
-    """The run in short: how it was made, its last 100 episodes, and `points` points of its learning curve."""
+def episodes_in_csv(run_dir: Path) -> list[tuple[int, float, float]]:  # (global_step, wall_time, return)
     with open(run_dir / "episodes.csv") as file:
-        episodes = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    returns = [episode["return"] for episode in episodes]
+        rows = list(csv.DictReader(file))
+    return [(int(row["global_step"]), float(row["wall_time"]), float(row["return"])) for row in rows]
+
+
+def episodes_in_tensorboard(folder: Path) -> list[tuple[int, float, float]]:
+    (events,) = folder.glob("runs/*/events.out.tfevents.*")
+    reader = EventAccumulator(str(events), {"scalars": 0}).Reload()
+    start = reader.FirstEventTimestamp()
+    return [(x.step, x.wall_time - start, x.value) for x in reader.Scalars("charts/episodic_return")]
+
+
+def describe_cleanrl(run: Run, baseline: str, cleanrl: Path) -> dict[str, object]:
+    """What our scripts write to args.json."""
+    packages = ("torch", "gymnasium", "mujoco", "numpy")
+    code = f"from importlib.metadata import version; print(*map(version, {packages}))"
+    versions = subprocess.check_output([baseline, "-c", code], text=True).split()
+    commit = subprocess.check_output(["git", "-C", cleanrl, "rev-parse", "HEAD"], text=True).strip()
+    steps = re.search(r"--total-timesteps (\d+)", run.flags)
+    return {
+        "script": "CleanRL",
+        "args": {"env_id": run.env_id, "seed": run.seed, "total_timesteps": int(steps[1])},
+        "versions": dict(zip(packages, versions, strict=True)),
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores, 1 threads",
+        "git_commit": commit,
+    }
+
+
+def summarize(command: str, episodes: list[tuple[int, float, float]], about: dict, points: int = 100) -> dict:
+    """The run in short: how it was made, its last 100 episodes, and `points` points of its learning curve."""
+    steps, times, returns = zip(*episodes, strict=True)
     curve = []
     for i in range(0, len(episodes), max(1, len(episodes) // points)):
         last = returns[max(0, i - 99) : i + 1]
-        curve.append([int(episodes[i]["global_step"]), round(sum(last) / len(last), 3)])
+        curve.append([steps[i], round(sum(last) / len(last), 3)])
     return {
         "command": command,
         "final_mean_return": round(sum(returns[-100:]) / len(returns[-100:]), 2),
         "episodes": len(episodes),
-        "wall_time": episodes[-1]["wall_time"],
-        **json.loads((run_dir / "args.json").read_text()),
+        "wall_time": round(times[-1], 2),
+        **about,
         "curve_columns": ["global_step", "mean return of the last 100 episodes"],
         "curve": curve,
     }
 
 
 def main(
-    study: str,
+    studies: tuple[str, ...],
     /,
     workers: int = os.cpu_count() or 1,
     rounds: int = 5,
@@ -182,34 +230,38 @@ def main(
     lean: str | None = None,
     leanrl: str = "leanrl",
 ) -> None:
-    """Train every run of a study that has no result yet.
+    """Train every run of some studies that has no result yet.
 
     Args:
-        study: its name; paper, the paper's Table 1; all; or speed, steps per second beside CleanRL's.
+        studies: their names; paper, the paper's Table 1; all; or speed, steps per second beside CleanRL's.
         workers: runs at a time, each with one thread.
         rounds: of the speed measurement, each with one run of every side.
-        baseline: Python interpreter for CleanRL, with the packages that it needs.
+        baseline: Python interpreter for CleanRL, with the packages that it needs; of `speed` and `cleanrl`.
         cleanrl: a checkout of CleanRL.
         sb3: Python interpreter for Stable-Baselines3; without, it is left out.
         lean: Python interpreter for LeanRL; without, it is left out.
         leanrl: a checkout of LeanRL.
     """
-    if study == "speed":
+    if studies == ("speed",):
         checkouts = {"cleanrl": str(Path(cleanrl).resolve()), "leanrl": str(Path(leanrl).resolve())}
         interpreters = {"baseline": baseline, "sb3": sb3, "lean": lean}
         return speed.main(rounds, checkouts, {name: path for name, path in interpreters.items() if path})
-    names = [name for name in STUDIES if study in (name, name.partition("/")[0], "all")]
-    if not names:
-        sys.exit(f"error: no study {study}; there are {', '.join(STUDIES)}, paper, all and speed")
+    families = {name: {name, name.partition("/")[0], "all"} for name in STUDIES}
+    unknown = set(studies) - set().union(*families.values())
+    if unknown or not studies:
+        names = f"{', '.join(STUDIES)}, paper, all and speed"
+        sys.exit(f"error: no study {', '.join(sorted(unknown)) or 'given'}; there are {names}")
     runs = [
         Run(name, script, env_id, seed, flags, *processes)
-        for name in names
+        for name, family in families.items()
+        if family & set(studies)
         for script, env_id, seeds, flags, *processes in STUDIES[name]
         for seed in range(1, seeds + 1)
     ]
     runs.sort(key=lambda run: run.seed)  # stopped early, every study has some of its seeds
     with ThreadPoolExecutor(workers) as pool:
-        failures = [failure for failure in pool.map(execute, runs) if failure]
+        results = pool.map(lambda run: execute(run, baseline, Path(cleanrl).resolve()), runs)
+        failures = [failure for failure in results if failure]
     if failures:
         sys.exit("\n".join(["these runs failed:", *failures]))
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def project(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_study_from_its_runs_to_its_picture(project, monkeypatch, capsys):
-    runner.main("small", workers=2)
+    runner.main(("small",), workers=2)
     folder = project / "benchmark" / "results" / "small"
     files = [folder / f"CartPole-v1__ppo_kl_penalty__{seed}.json" for seed in (1, 2)]
     for seed, file in zip((1, 2), files, strict=True):
@@ -52,24 +53,67 @@ def test_a_study_from_its_runs_to_its_picture(project, monkeypatch, capsys):
     assert "| CartPole-v1 | ppo_kl_penalty.py | 512 |" in (folder / "table.md").read_text()
 
     monkeypatch.setattr(runner.subprocess, "run", lambda *_, **__: pytest.fail("runs again what is done"))
-    runner.main("small", workers=1)
+    runner.main(("small",), workers=1)
 
 
 def test_a_failure_is_reported_and_leaves_no_result(project):
     with pytest.raises(SystemExit, match=r"these runs failed:(.|\n)*--gamma must be between 0 and 1"):
-        runner.main("wrong", workers=1)
+        runner.main(("wrong",), workers=1)
     assert not (project / "benchmark" / "results" / "wrong").exists()
 
 
 def test_an_unknown_study_is_refused(project):
     with pytest.raises(SystemExit, match="no study mujocco; there are small, wrong"):
-        runner.main("mujocco")
+        runner.main(("small", "mujocco"))
 
 
-def write_runs(folder: Path, task: str, script: str, finals: list[float]) -> None:
+CLEANRL = """
+import sys
+from torch.utils.tensorboard import SummaryWriter
+env_id, seed = sys.argv[sys.argv.index("--env-id") + 1], sys.argv[sys.argv.index("--seed") + 1]
+writer = SummaryWriter(f"runs/{env_id}__{seed}")
+for i in range(150):
+    writer.add_scalar("charts/episodic_return", i * int(seed), 10 * (i + 1))
+writer.close()
+"""
+
+
+def test_cleanrl_is_run_and_read(project, monkeypatch):
+    checkout = project / "checkout"
+    (checkout / "cleanrl").mkdir(parents=True)
+    (checkout / "cleanrl" / "ppo_continuous_action.py").write_text(CLEANRL)
+    for command in ("init -q", "add .", "-c user.name=a -c user.email=b commit -qm c"):
+        subprocess.run(["git", "-C", checkout, *command.split()], check=True)
+    study = [(runner.CLEANRL_SCRIPT, "Hopper-v4", 2, "--total-timesteps 1500")]
+    monkeypatch.setattr(runner, "STUDIES", {"cleanrl": study})
+    runner.main(("cleanrl",), workers=1, cleanrl=str(checkout))
+    folder = project / "benchmark" / "results" / "cleanrl"
+    summary = json.loads((folder / "Hopper-v4__ppo_continuous_action__2.json").read_text())
+    assert summary["final_mean_return"] == 2 * 99.5  # of episodes 50 to 149
+    assert summary["curve"][0] == [10, 0.0] and summary["curve"][-1] == [1500, 199.0]
+    assert summary["args"] == {"env_id": "Hopper-v4", "seed": 2, "total_timesteps": 1500}
+    assert summary["versions"]["torch"] and len(summary["git_commit"]) == 40
+
+
+def test_the_difference_to_cleanrl(project):
+    results = project / "benchmark" / "results"
+    curve = {"curve": [[1, 0.0], [1000, 1.0]]}
+    write_runs(results / "mujoco", "Hopper-v5", "ppo_continuous.py", [300.0, 320.0, 340.0], **curve)
+    write_runs(results / "mujoco", "Ant-v5", "ppo_continuous.py", [300.0], **curve)
+    write_runs(results / "cleanrl", "Hopper-v4", "CleanRL", [200.0, 210.0, 220.0], **curve)
+    plot.main()
+    *_, row = (results / "cleanrl" / "table.md").read_text().splitlines()
+    assert row.startswith("| Hopper | 320.0 ± 20.0 (3) | 210.0 ± 10.0 (3) | 110.0 | ")
+    low, high = map(float, row.split("|")[-2].split(" to "))
+    assert 80.0 <= low < 110.0 < high <= 140.0
+    assert (results / "cleanrl" / "curves.png").exists()
+
+
+def write_runs(folder: Path, task: str, script: str, finals: list[float], **more) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    about = {"args": {"env_id": task, "total_timesteps": 1000}, "script": script, "wall_time": 60.0}
     for seed, final in enumerate(finals, 1):
-        run = {"args": {"env_id": task}, "script": script, "final_mean_return": final}
+        run = about | {"final_mean_return": final} | more
         (folder / f"{task}__{Path(script).stem}__{seed}.json").write_text(json.dumps(run))
 
 
