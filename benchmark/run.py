@@ -73,6 +73,19 @@ STUDIES = (
                 "--total-timesteps 200000 --gamma 0.9 --learning-rate 1e-3 --no-clip-vloss",
             ),
             ("ppo_kl_penalty.py", "CartPole-v1", 3, "--total-timesteps 150000"),
+            (
+                "ppo_kl_penalty.py",
+                "LunarLander-v3",
+                3,
+                "--total-timesteps 1000000 --num-envs 16 --num-steps 512 --num-minibatches 128"
+                " --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01",
+            ),
+            (
+                "ppo_continuous.py",
+                "BipedalWalker-v3",
+                3,
+                "--total-timesteps 2000000 --num-envs 16 --num-steps 512 --num-minibatches 128 --gamma 0.999",
+            ),
         ],
         "eager": [  # beside the same runs of `mujoco`
             ("ppo_continuous.py", f"{task}-v5", 3, "--no-compile") for task in ("HalfCheetah", "Hopper")
