@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import EngFormatter
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -58,7 +59,8 @@ def plot(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
             axis.plot(steps, mean, color=color, linewidth=1.8, label=label)
         axis.set_title(env_id)
         axis.set_xlabel("steps")
-        axis.legend(fontsize=7, loc="lower right")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("return, mean of 100 episodes")
     figure.tight_layout()
