@@ -454,12 +454,16 @@ def update(
     batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, values, advantages, returns)]
     advantages = batch[-2]
     (parameters,), history = optimizer.param_groups[0]["params"], []
+    own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # first the average
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch[0]), device=obs.device).view(args.num_minibatches, -1)
         if args.norm_adv:
             batch[-2] = advantages.index_put((order,), normalize(advantages[order]))
         for rows in order:
-            parameters.grad, metrics = gradient(agent, batch, rows, args)
+            parameters.grad, metrics = gradient(agent, batch, rows, own_args)
+            if world_size() > 1:
+                parameters.grad, norm = shorten(average(parameters.grad), args.max_grad_norm)
+                metrics["losses/grad_norm"] = norm
             optimizer.step()
             agent.log_std.data.clamp_(-20.0, 2.0)  # after the step, so that its gradient never vanishes
             history.append(torch.stack(list(metrics.values())))
@@ -878,20 +882,6 @@ def moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return mean, average((x - mean).square().mean(dim, keepdim=True))
 
 
-def averaged(gradient: Callable, args: Args) -> Callable:
-    """minibatch_gradient(), or where each process has a part of the minibatch, that of all together."""
-    if world_size() == 1:
-        return gradient
-    unlimited = replace(args, max_grad_norm=math.inf)
-
-    def call(*inputs):
-        vector, metrics = gradient(*inputs[:-1], unlimited)  # the last one was `args`
-        vector, metrics["losses/grad_norm"] = shorten(average(vector), args.max_grad_norm)
-        return vector, metrics
-
-    return call
-
-
 @contextmanager
 def process_group(args: Args) -> Iterator[Args]:
     """Joins the processes of torchrun, if any: the first one writes and prints, the others into the void."""
@@ -1049,7 +1039,6 @@ def train(args: Args) -> float:
         agent = make_agent(args, envs).to(device)
         optimizer = make_optimizer(agent, args)
         fast_act, fast_gradient = accelerate(args, agent, device)
-        fast_gradient = averaged(fast_gradient, args)
         if checkpoint:
             restore(checkpoint, args, agent=agent, optimizer=optimizer, envs=envs)
         if rank() > 0:  # the same agent, but other actions and minibatches

@@ -116,7 +116,7 @@ def learn(case: Case, changes: dict, folder: Path) -> dict:
             rollout = make_rollout(case, actor, args, seed=iteration)
             rollout.logprobs[:, 2:] += 0.3 * torch.randn(args.num_steps, 2)  # the second process is ahead
             shared, before = share(script, rollout), orders.count
-            metrics.append(script.update(agent, optimizer, shared, args, script.averaged(gradient, args)))
+            metrics.append(script.update(agent, optimizer, shared, args, gradient))
             epochs.append(orders.count - before)
     (state,) = optimizer.state_dict()["state"].values()
     return {
@@ -739,7 +739,6 @@ def test_one_process_has_nothing_to_do_with_others(script, tmp_path, monkeypatch
     mean, variance = script.moments(x, dim=1)
     torch.testing.assert_close(mean, x.mean(1, keepdim=True))
     torch.testing.assert_close(variance, x.var(1, correction=0, keepdim=True))
-    assert script.averaged(fail, args) is fail
     with script.process_group(args) as inside:
         assert inside is args and Path.cwd() != tmp_path
     train_in(tmp_path, args)
