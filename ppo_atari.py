@@ -883,11 +883,9 @@ def process_group(args: Args) -> Iterator[Args]:
 
 def open_csv(path: Path, step: int):
     """To append to; rows that an earlier attempt wrote after `step` are dropped, they will come again."""
-    rows = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-    steps = [row.partition(",")[0] if row.endswith("\n") else "" for row in rows]
-    kept = [
-        row for row, number in zip(rows, steps, strict=True) if number.isdecimal() and int(number) <= step
-    ]
+    text = path.read_text(errors="replace") if path.exists() else ""
+    rows = re.finditer(r"^(\d+),.*\n", text, re.MULTILINE)
+    kept = [row[0] for row in rows if int(row[1]) <= step]
     replace_file(path, "".join(["global_step,wall_time,return,length\n", *kept]).encode())
     return open(path, "a", buffering=1)
 
