@@ -463,10 +463,8 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
     They are the first ones of each environment: the first ones of all to end would be the short ones.
     """
     num_envs = 1 if videos or args.render else min(args.eval_episodes, args.num_envs)
-    counted = [
-        (i % num_envs, i // num_envs) for i in range(args.eval_episodes)
-    ]  # environment, its how manieth
     episodes, device = [[] for _ in range(num_envs)], next(agent.parameters()).device
+    counted = range(args.eval_episodes)  # the i-th is episode i // num_envs of environment i % num_envs
     with (
         closing(Envs(args, num_envs, [args.seed, 0, 1], training=False, videos=videos)) as envs,
         torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -476,7 +474,7 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
         stack.callback(np.random.set_state, np.random.get_state())
         torch.manual_seed(args.seed)
         obs = envs.reset()
-        while any(len(episodes[env]) <= number for env, number in counted[-num_envs:]):
+        while any(len(episodes[i % num_envs]) <= i // num_envs for i in counted[-num_envs:]):
             policy, _ = agent(torch.from_numpy(obs).to(device))
             actions = policy.mode if args.deterministic else policy.sample()
             obs = envs.step(actions.cpu().numpy()).obs
@@ -484,7 +482,7 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
                 episodes[(step - 1) % num_envs].append(tuple(episode))
                 bar.update()
             envs.finished.clear()
-    return [episodes[env][number] for env, number in counted]
+    return [episodes[i % num_envs][i // num_envs] for i in counted]
 
 
 def evaluate_checkpoint(args: Args) -> None:
