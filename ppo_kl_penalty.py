@@ -215,10 +215,10 @@ class Envs:
         self.action_space = self.envs.single_action_space
         self.close = self.envs.close
         fits = isinstance(self.action_space, Box | Discrete) and isinstance(self.observation_space, Box)
-        kinds = " actions, ".join(type(s).__name__ for s in (self.action_space, self.observation_space))
         if not fits:
             self.close()
-        require(fits, f"--env-id {args.env_id}: {kinds} observations; no script here handles them")
+            kinds = " actions, ".join(type(s).__name__ for s in (self.action_space, self.observation_space))
+            raise ArgumentError(f"--env-id {args.env_id}: {kinds} observations; no script here handles them")
         self.num_envs, self.training, self.gamma = num_envs, training, args.gamma
         self.first = rank() * num_envs if training else 0  # as many environments are in earlier processes
         self.seeds = np.random.SeedSequence(seed).generate_state(self.first + num_envs)[self.first :].tolist()
