@@ -765,17 +765,14 @@ class Logger:
         self.times, self.profile = Counter(), []  # seconds in this iteration, microseconds per step in each
         since = f" from step {self.step:,} on" if self.step else ""
         print(f"training on {args.env_id}{since}, written to {self.dir}", flush=True)
-        if args.compile and self.step < args.num_iterations * args.batch_size:
-            print(
-                "compiling: the first steps take up to a minute, or a few seconds with a warm cache",
-                flush=True,
-            )
-        steps = {"total": args.num_iterations * args.batch_size, "initial": self.step, "unit": " steps"}
+        total = args.num_iterations * args.batch_size
+        if args.compile and self.step < total:
+            print("compiling: the first steps take up to a minute, seconds with a warm cache", flush=True)
+        steps = {"total": total, "initial": self.step, "unit": " steps"}
         self.bar = tqdm(**steps, unit_scale=True, file=sys.stdout, disable=None)  # no pipe
 
     def state_dict(self) -> dict[str, object]:
-        returns = list(self.returns)
-        return {"step": self.step, "seconds": self.seconds(), "returns": returns, "best": self.best}
+        return {"step": self.step, "seconds": self.seconds(), "returns": [*self.returns], "best": self.best}
 
     def seconds(self) -> float:
         return time.monotonic() - self.start
