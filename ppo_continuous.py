@@ -770,9 +770,9 @@ class Logger:
         if bad:
             advice = "try a lower --learning-rate or --max-grad-norm, or fewer --update-epochs"
             raise FloatingPointError(f"{bad} became NaN or infinite before step {step:,}; {advice}")
-        seconds, env, rollout, learn = self.seconds(), *(self.times[x] for x in ("env", "rollout", "update"))
-        times = {"time/env": env, "time/act": rollout - env, "time/update": learn}  # in microseconds per step
-        times = {name: 1e6 * x / (step - self.step) for name, x in times.items()}
+        seconds = self.seconds()
+        self.times["time/act"] -= self.times["time/env"]  # which was a part of it
+        times = {name: 1e6 * x / (step - self.step) for name, x in self.times.items()}
         self.profile.append(times)
         self.times.clear()
         self.step = step
@@ -1042,8 +1042,8 @@ def train(args: Args) -> float:
             noted_signals() as signals,
         ):
             checkpoints.save(iteration)
-            collect, learn = logger.timed("rollout", collect_rollout), logger.timed("update", update)
-            envs.step = logger.timed("env", envs.step)
+            collect, learn = logger.timed("time/act", collect_rollout), logger.timed("time/update", update)
+            envs.step = logger.timed("time/env", envs.step)
             obs = torch.from_numpy(envs.reset()).to(device)
             stop = gather(signals)
             while not stop and iteration < args.num_iterations and not logger.solved(args.target_return):
