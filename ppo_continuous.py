@@ -728,8 +728,10 @@ class Logger:
         self.csv = open_csv(self.dir / "episodes.csv", self.step)
         self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
         self.wandb = None
-        if args.track:
-            self.start_wandb(args)
+        try:
+            self.wandb = init_wandb(args, self.dir) if args.track else None
+        except Exception as error:  # no network, or the project has a run of this name
+            tqdm.write(f"training goes on without W&B: {one_line(error)}")
         self.status, self.printed = "no steps taken; --total-timesteps says how many", time.monotonic()
         self.times, self.profile = Counter(), []  # seconds in this iteration, microseconds per step in each
         since = f" from step {self.step:,} on" if self.step else ""
@@ -809,12 +811,6 @@ class Logger:
             from wandb import Video
 
             self.tell_wandb(lambda run: run.log({"videos": Video(str(path), format="mp4")}, step=step))
-
-    def start_wandb(self, args: Args) -> None:
-        try:
-            self.wandb = init_wandb(args, self.dir)
-        except Exception as error:  # no network, or the project has a run of this name
-            tqdm.write(f"training goes on without W&B: {one_line(error)}")
 
     def tell_wandb(self, message: Callable[[object], object]) -> None:
         """Training goes on, whatever happens to W&B or to the network."""
