@@ -490,7 +490,7 @@ def evaluate_checkpoint(args: Args) -> None:
     path = checkpoint_path(args)
     checkpoint, device = load_checkpoint(path), set_up(args)
     with closing(Envs(replace(args, render=False), 1, args.seed, training=False)) as envs:
-        agent = make_agent(args, envs).to(device)
+        agent = make_agent(args, envs, device)
     with fitting(path, args.env_id):
         agent.load_state_dict(checkpoint["agent"])
         step = int(checkpoint["envs"]["num_steps"])
@@ -936,15 +936,13 @@ def set_up(args: Args, iteration: int = 0) -> torch.device:
     return device
 
 
-def make_agent(args: Args, envs: Envs) -> Agent:
-    device = resolve_device(args.device)
+def make_agent(args: Args, envs: Envs, device: torch.device) -> Agent:
+    bf16 = args.precision == "bf16"
     if args.precision == "auto":  # emulated bf16 would be slower than float32
         on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         bf16 = on_gpu or (device.type == "cpu" and on_cpu)
-    else:
-        bf16 = args.precision == "bf16"
-    return Agent(envs.observation_space, envs.action_space, args.shared_network, bf16)
+    return Agent(envs.observation_space, envs.action_space, args.shared_network, bf16).to(device)
 
 
 def make_optimizer(agent: Agent, args: Args) -> torch.optim.Optimizer:
@@ -995,7 +993,7 @@ def train(args: Args) -> float:
         process_group(args) as args,
         closing(Envs(args, args.num_envs // world_size(), [args.seed, iteration])) as envs,
     ):
-        agent = make_agent(args, envs).to(device)
+        agent = make_agent(args, envs, device)
         optimizer = make_optimizer(agent, args)
         fast_act, fast_gradient = accelerate(args, agent, device)
         if checkpoint:

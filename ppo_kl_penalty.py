@@ -541,7 +541,7 @@ def evaluate_checkpoint(args: Args) -> None:
     path = checkpoint_path(args)
     checkpoint, device = load_checkpoint(path), set_up(args)
     with closing(Envs(replace(args, render=False), 1, args.seed, training=False)) as envs:
-        agent = make_agent(args, envs).to(device)
+        agent = make_agent(args, envs, device)
     with fitting(path, args.env_id):
         agent.load_state_dict(checkpoint["agent"])
         step = int(checkpoint["envs"]["num_steps"])
@@ -988,8 +988,8 @@ def set_up(args: Args, iteration: int = 0) -> torch.device:
     return device
 
 
-def make_agent(args: Args, envs: Envs) -> Agent:
-    return Agent(envs.observation_space, envs.action_space)
+def make_agent(args: Args, envs: Envs, device: torch.device) -> Agent:
+    return Agent(envs.observation_space, envs.action_space).to(device)
 
 
 def make_optimizer(agent: Agent, args: Args) -> torch.optim.Optimizer:
@@ -1055,7 +1055,7 @@ def train(args: Args) -> float:
         process_group(args) as args,
         closing(Envs(args, args.num_envs // world_size(), [args.seed, iteration])) as envs,
     ):
-        agent = make_agent(args, envs).to(device)
+        agent = make_agent(args, envs, device)
         optimizer = make_optimizer(agent, args)
         fast_act, fast_gradient = accelerate(args, agent, device)
         if checkpoint:
