@@ -114,7 +114,7 @@ class Args(Source):
     num_iterations = property(lambda self: self.total_timesteps // self.batch_size)
 
     def __post_init__(self) -> None:
-        counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "total_timesteps")
+        counts = "num_envs num_steps num_minibatches update_epochs total_timesteps eval_episodes".split()
         coefs = ("learning_rate", "clip_coef", "ent_coef", "vf_coef")
         for names, valid, rule in (
             (counts, lambda x: x >= 1, "at least 1"),
@@ -123,7 +123,6 @@ class Args(Source):
             (("max_grad_norm", "target_kl"), lambda x: x > 0, "positive"),
             (("target_return",), math.isfinite, "finite"),
             (("checkpoint_interval",), lambda x: x >= 0, "at least 0"),
-            (("eval_episodes",), lambda x: x >= 1, "at least 1"),
             (("seed",), lambda x: 0 <= x < 2**63, "between 0 and 2^63 - 1"),
             (("run_name",), lambda x: x == Path(x).name not in ("", ".."), "the name of one folder"),
         ):
