@@ -66,18 +66,13 @@ def require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
-class Source:
-    """What says where the other arguments begin: at those of an earlier run, or at the defaults."""
+class Setup:
+    """What a run that is resumed may change; all arguments of Args itself make it another run."""
 
     run_name: str | None = None  # the run is written to runs/RUN_NAME; default ENV_ID__EXP_NAME__SEED__TIME
     resume: bool = False  # go on with runs/RUN_NAME from its last checkpoint, or start it where there is none
     evaluate: str | None = None  # only play, with the agent of this run folder or checkpoint file
-
-
-@dataclass(frozen=True)
-class Args(Source):
     exp_name: str = "ppo_atari"  # name of the experiment, part of the default run name
-    seed: int = 1  # seed of weights, actions, minibatches and environments
     torch_deterministic: bool = True  # only repeatable cuDNN algorithms
     compile: bool = True  # torch.compile for acting and learning, and CUDA graphs on a GPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto is a GPU where there is one
@@ -90,10 +85,15 @@ class Args(Source):
     render: bool = False  # show the episodes of --evaluate in a window
     eval_episodes: int = 10  # episodes of --evaluate
     deterministic: bool = False  # in evaluation and videos take the likeliest action, do not sample
-    env_id: str = "PongNoFrameskip-v4"  # any Atari game, also as PongDeterministic-v4, Pong-v4 or ALE/Pong-v5
-    shared_network: bool = True  # one convolutional network for policy and value together, or one for each
     total_timesteps: int = 10_000_000  # agent steps in all (of 4 frames), rounded down to whole rollouts
     target_return: float | None = None  # stop as solved once the mean return of 100 episodes reaches this
+
+
+@dataclass(frozen=True)
+class Args(Setup):
+    env_id: str = "PongNoFrameskip-v4"  # any Atari game, also as PongDeterministic-v4, Pong-v4 or ALE/Pong-v5
+    seed: int = 1  # seed of weights, actions, minibatches and environments
+    shared_network: bool = True  # one convolutional network for policy and value together, or one for each
     learning_rate: float = 2.5e-4  # step size of Adam
     num_envs: int = 8  # N, environments stepped together
     num_steps: int = 128  # T, steps of each environment per rollout
@@ -570,7 +570,7 @@ class Checkpoints:
             tqdm.write(f"training goes on without videos: {one_line(error)}")
 
 
-def checkpoint_path(args: Source) -> Path | None:
+def checkpoint_path(args: Setup) -> Path | None:
     """The file that --evaluate or --resume means; None where a run begins."""
     if args.evaluate is not None:
         path = Path(args.evaluate)
@@ -606,13 +606,9 @@ def checkpoint_to_resume(args: Args) -> dict | None:
         return None
     checkpoint = load_checkpoint(path)
     before = checkpoint["args"]
-    free = "run_name resume total_timesteps target_return device precision torch_deterministic async_envs"
-    free += " exp_name track wandb_project_name wandb_entity checkpoint_interval capture_video eval_episodes"
-    free += " deterministic compile"
-    for name, value in asdict(args).items():
-        old, flag = getattr(before, name), f"--{name.replace('_', '-')}"
-        same = name in free.split() or value == old
-        require(same, f"{flag} {value}: the run that --resume goes on with has {flag} {old}")
+    for name in Args.__annotations__:  # not those of Setup
+        value, old, flag = getattr(args, name), getattr(before, name), f"--{name.replace('_', '-')}"
+        require(value == old, f"{flag} {value}: the run that --resume goes on with has {flag} {old}")
     steps, old = args.total_timesteps, before.total_timesteps
     require(steps >= old, f"--total-timesteps {steps} of a run with {old} can only be raised")
     return checkpoint
@@ -1032,12 +1028,12 @@ def train(args: Args) -> float:
 
 def parse_args() -> Args:
     """The command line, on top of the arguments of the run that it resumes or evaluates."""
-    source, _ = tyro.cli(Source, return_unknown_args=True, add_help=False)
-    path = checkpoint_path(source)
+    setup, _ = tyro.cli(Setup, return_unknown_args=True, add_help=False)
+    path = checkpoint_path(setup)
     if path is None:
         return tyro.cli(Args)
     before = replace(load_checkpoint(path)["args"], resume=False)
-    return tyro.cli(Args, default=replace(before, capture_video=False) if source.evaluate else before)
+    return tyro.cli(Args, default=replace(before, capture_video=False) if setup.evaluate else before)
 
 
 def main() -> None:
