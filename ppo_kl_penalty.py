@@ -878,7 +878,6 @@ def rank() -> int:
 def average(x: Tensor) -> Tensor:
     """The mean of what every process passes, in place; `x` as it is where there is only one."""
     if world_size() > 1:
-        x = x.contiguous()
         distributed.all_reduce(x)
         x /= world_size()
     return x
