@@ -74,11 +74,11 @@ def shorten_games(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ppo_atari, "nature_cnn", small_cnn)
 
 
-def next_second(last=[0]) -> None:  # noqa: B006
+def next_second() -> None:
     """TensorBoard sorts its files by the second they were begun in; in real life a start takes longer."""
-    while int(time.time()) <= last[0]:
+    now = int(time.time())
+    while int(time.time()) == now:
         time.sleep(0.02)
-    last[0] = int(time.time())
 
 
 def load(path: Path) -> dict:
