@@ -77,14 +77,15 @@ STUDIES = (
                 "ppo_kl_penalty.py",
                 "LunarLander-v3",
                 3,
-                "--total-timesteps 1000000 --num-envs 16 --num-steps 512 --num-minibatches 128"
-                " --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01",
+                "--total-timesteps 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256"
+                " --update-epochs 4 --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01",
             ),
             (
                 "ppo_continuous.py",
                 "BipedalWalker-v3",
                 3,
-                "--total-timesteps 2000000 --num-envs 16 --num-steps 512 --num-minibatches 128 --gamma 0.999",
+                "--total-timesteps 2000000 --num-envs 16 --num-steps 1024 --num-minibatches 256"
+                " --update-epochs 4 --gamma 0.999",
             ),
         ],
         "eager": [  # beside the same runs of `mujoco`
