@@ -18,8 +18,8 @@ from matplotlib.ticker import EngFormatter
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
-# Studies that change one thing of another study's runs, which are shown beside them.
-BESIDE = {"eager": "mujoco", "interrupted": "mujoco"}
+# Studies that change one thing of another study's runs, which are shown beside them: its name, and their label
+BESIDE = {"eager": ("mujoco", "compiled"), "interrupted": ("mujoco", "left alone")}
 
 
 def load(study: Path) -> dict[tuple[str, str], list[dict]]:
@@ -32,16 +32,14 @@ def load(study: Path) -> dict[tuple[str, str], list[dict]]:
     return dict(sorted(runs.items()))
 
 
-def beside(runs: dict[tuple[str, str], list[dict]], name: str, other: str) -> dict:
-    """Those of another study in the same environments as well, each labelled with its study."""
-    others = load(RESULTS / other)
-    kinds = {key: {name: group, other: others.get(key, [])} for key, group in runs.items()}
-    return {
-        (env_id, f"{script}, {study}"): group
-        for (env_id, script), groups in kinds.items()
-        for study, group in groups.items()
-        if group
-    }
+def beside(runs: dict[tuple[str, str], list[dict]], label: str, other: str, other_label: str) -> dict:
+    """Those of another study in the same environments as well, each with its label."""
+    others, both = load(RESULTS / other), {}
+    for (env_id, script), group in runs.items():
+        both[env_id, f"{script}, {label}"] = group
+        if (env_id, script) in others:
+            both[env_id, f"{script}, {other_label}"] = others[env_id, script]
+    return both
 
 
 def plot(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
@@ -173,7 +171,7 @@ def main() -> None:
     for study in sorted(others):
         if runs := load(study):
             if study.name in BESIDE:
-                runs = beside(runs, study.name, BESIDE[study.name])
+                runs = beside(runs, study.name, *BESIDE[study.name])
             plot(study, runs)
             tabulate(study, runs)
             print(f"{study.name}: {sum(map(len, runs.values()))} runs")
