@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
-# Studies that change one thing of another study's runs, which are shown beside them: its name, and their label
+# Studies that change one thing of the runs of another one, which are shown beside them: its name, their label
 BESIDE = {"eager": ("mujoco", "compiled"), "interrupted": ("mujoco", "left alone")}
 
 
