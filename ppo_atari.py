@@ -434,7 +434,7 @@ def update(
     advantages = batch[-2]
     batch[0] = batch[0].contiguous(memory_format=torch.channels_last)  # once, not in every epoch
     (parameters,), history = optimizer.param_groups[0]["params"], []
-    own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # first the average
+    own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # average first
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch[0]), device=obs.device).view(args.num_minibatches, -1)
         if args.norm_adv:

@@ -481,7 +481,7 @@ def update(
     kl_coef = group.setdefault("kl_coef", args.kl_coef)
     beta = torch.tensor(kl_coef, device=obs.device)
     (parameters,), history = group["params"], []
-    own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # first the average
+    own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # average first
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch[0]), device=obs.device).view(args.num_minibatches, -1)
         if args.norm_adv:
