@@ -450,9 +450,8 @@ def update(
             break
     means = dict(zip(metrics, average(torch.stack(history).mean(0)).tolist(), strict=True))
     errors, spread = (moments(x.flatten(), dim=0)[1] for x in (returns - values, returns))
-    explained = 1.0 - errors / spread.clamp(min=1e-8)
-    learning_rate = optimizer.param_groups[0]["lr"]
-    return means | {"losses/explained_variance": explained.item(), "charts/learning_rate": learning_rate}
+    means["losses/explained_variance"] = (1.0 - errors / spread.clamp(min=1e-8)).item()
+    return means | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
 
 
 @torch.no_grad()
@@ -663,10 +662,12 @@ def noted_signals() -> Iterator[list[int]]:
 
     def note(number: int, _) -> None:
         noted.append(number)
-        again = signal.SIG_DFL if world_size() == 1 else signal.SIG_IGN  # torchrun repeats what it gets
-        for caught in handlers:
-            signal.signal(caught, again)
-        at_once = "; a second signal stops at once" if world_size() == 1 else ""
+        alone = world_size() == 1  # torchrun repeats what it gets
+        for again in (signal.SIG_IGN, signal.SIG_DFL) if alone else (signal.SIG_IGN,):
+            for caught in handlers:
+                signal.signal(caught, again)
+            time.sleep(0.1)  # timeout(1) sends the same signal twice at once
+        at_once = "; a second signal stops at once" if alone else ""
         if rank() == 0:
             os.write(2, f"\nstopping once this iteration is done and saved{at_once}\n".encode())
 
@@ -869,8 +870,7 @@ def process_group(args: Args) -> Iterator[Args]:
 def open_csv(path: Path, step: int):
     """To append to; rows that an earlier attempt wrote after `step` are dropped, they will come again."""
     text = path.read_text(errors="replace") if path.exists() else ""
-    rows = re.finditer(r"^(\d+),.*\n", text, re.MULTILINE)
-    kept = [row[0] for row in rows if int(row[1]) <= step]
+    kept = [row[0] for row in re.finditer(r"^(\d+),.*\n", text, re.MULTILINE) if int(row[1]) <= step]
     replace_file(path, "".join(["global_step,wall_time,return,length\n", *kept]).encode())
     return open(path, "a", buffering=1)
 

@@ -1076,6 +1076,23 @@ def test_second_signal_ends_a_process_at_once(forks, tmp_path, number):
     assert last(tmp_path)["iteration"] == 0
 
 
+@over_scripts(SCRIPTS)
+def test_the_same_signal_twice_at_once_counts_once(script, monkeypatch, capfd):
+    """As timeout(1) sends it: to the process, and in the same moment to its group."""
+    handlers = []
+
+    def second_signal(_):
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        if len(handlers) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(script.time, "sleep", second_signal)
+    with script.noted_signals() as noted:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.getsignal(signal.SIGTERM)  # a handler runs between two lines
+    assert noted == [signal.SIGTERM] and handlers == [signal.SIG_IGN, signal.SIG_DFL]
+
+
 def test_a_limit_to_the_size_of_files(forks, tmp_path):
     argv = small_iterations(4)
     assert forks(tmp_path, *argv).wait().status == 0
