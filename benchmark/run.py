@@ -56,6 +56,9 @@ def paper_study(objective: str, flags: str, seeds: int) -> list[tuple[str, str, 
 
 CLEANRL_SCRIPT = "cleanrl/ppo_continuous_action.py"
 
+PONG_RECIPE = "--num-envs 16 --learning-rate 5e-4 --num-minibatches 16 --no-clip-vloss"
+PONG_SOLVED = f"{PONG_RECIPE} --total-timesteps 1500160 --target-return 19.5"
+
 # study: (script, environment, number of seeds, flags, and processes of torchrun where there are several)
 STUDIES = (
     {
@@ -96,10 +99,13 @@ STUDIES = (
                 "ppo_atari.py",
                 "PongNoFrameskip-v4",
                 1,
-                "--total-timesteps 1500160 --precision bf16 --num-envs 16 --learning-rate 5e-4"
-                " --num-minibatches 16 --no-clip-vloss",
-            ),
+                f"{PONG_RECIPE} --total-timesteps 1500160 --precision bf16",
+            )
         ],
+    }
+    | {
+        f"pong-solved/{name}": [("ppo_atari.py", "PongNoFrameskip-v4", 3, f"{PONG_SOLVED} --precision {how}")]
+        for name, how in {"bf16": "bf16", "fp32": "fp32", "eager": "bf16 --no-compile"}.items()
     }
     | {
         f"torchrun/processes={processes}": [
@@ -113,8 +119,7 @@ STUDIES = (
                 "ppo_atari.py",
                 "PongNoFrameskip-v4",
                 3,
-                "--total-timesteps 299008 --num-envs 16 --learning-rate 5e-4 --num-minibatches 16"
-                " --no-clip-vloss --no-anneal-lr",
+                f"{PONG_RECIPE} --total-timesteps 299008 --no-anneal-lr",
                 processes,
             ),
         ]
@@ -148,7 +153,7 @@ class Run:
         return RESULTS / self.study / f"{self.name}.json"
 
 
-def execute(run: Run, baseline: str, cleanrl: Path) -> str | None:
+def execute(run: Run, threads: int, baseline: str, cleanrl: Path) -> str | None:
     """Trains, unless that was done before, and writes the summary; returns what went wrong, if anything."""
     if run.result.exists():
         return None
@@ -168,14 +173,14 @@ def execute(run: Run, baseline: str, cleanrl: Path) -> str | None:
     process = subprocess.run(
         [*launcher, *words],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
     )
     if process.returncode:
         return f"{command}\n{process.stderr}"
     if run.script == CLEANRL_SCRIPT:
-        about = describe_cleanrl(run, baseline, cleanrl)
+        about = describe_cleanrl(run, threads, baseline, cleanrl)
         summary = summarize(command, episodes_in_tensorboard(run_dir), about)
     else:
         about = json.loads((run_dir / "args.json").read_text())
@@ -199,7 +204,7 @@ def episodes_in_tensorboard(folder: Path) -> list[tuple[int, float, float]]:
     return [(x.step, x.wall_time - start, x.value) for x in reader.Scalars("charts/episodic_return")]
 
 
-def describe_cleanrl(run: Run, baseline: str, cleanrl: Path) -> dict[str, object]:
+def describe_cleanrl(run: Run, threads: int, baseline: str, cleanrl: Path) -> dict[str, object]:
     """What our scripts write to args.json."""
     packages = ("torch", "gymnasium", "mujoco", "numpy")
     code = f"from importlib.metadata import version; print(*map(version, {packages}))"
@@ -210,7 +215,7 @@ def describe_cleanrl(run: Run, baseline: str, cleanrl: Path) -> dict[str, object
         "script": "CleanRL",
         "args": {"env_id": run.env_id, "seed": run.seed, "total_timesteps": int(steps[1])},
         "versions": dict(zip(packages, versions, strict=True)),
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores, 1 threads",
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores, {threads} threads",
         "git_commit": commit,
     }
 
@@ -226,6 +231,7 @@ def summarize(command: str, episodes: list[tuple[int, float, float]], about: dic
         "command": command,
         "final_mean_return": round(sum(returns[-100:]) / len(returns[-100:]), 2),
         "episodes": len(episodes),
+        "global_step": steps[-1],
         "wall_time": round(times[-1], 2),
         **about,
         "curve_columns": ["global_step", "mean return of the last 100 episodes"],
@@ -237,6 +243,7 @@ def main(
     studies: tuple[str, ...],
     /,
     workers: int = os.cpu_count() or 1,
+    threads: int = 1,
     rounds: int = 5,
     baseline: str = sys.executable,
     cleanrl: str = "cleanrl",
@@ -248,7 +255,8 @@ def main(
 
     Args:
         studies: their names; paper, the paper's Table 1; all; or speed, steps per second beside CleanRL's.
-        workers: runs at a time, each with one thread.
+        workers: runs at a time.
+        threads: of each run; ppo_atari.py alone uses more than one.
         rounds: of the speed measurement, each with one run of every side.
         baseline: Python interpreter for CleanRL, with the packages that it needs; of `speed` and `cleanrl`.
         cleanrl: a checkout of CleanRL.
@@ -274,7 +282,7 @@ def main(
     ]
     runs.sort(key=lambda run: run.seed)  # stopped early, every study has some of its seeds
     with ThreadPoolExecutor(workers) as pool:
-        results = pool.map(lambda run: execute(run, baseline, Path(cleanrl).resolve()), runs)
+        results = pool.map(lambda run: execute(run, threads, baseline, Path(cleanrl).resolve()), runs)
         failures = [failure for failure in results if failure]
     if failures:
         sys.exit("\n".join(["these runs failed:", *failures]))
