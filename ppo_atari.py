@@ -245,7 +245,8 @@ def game_options(env_id: str) -> dict[str, object]:
     try:
         options = dict(gym.spec(env_id.replace("Deterministic", "") if deterministic else env_id).kwargs)
     except gym.error.Error as error:
-        raise ArgumentError(f"--env-id {env_id}: {error}") from None
+        form = "Atari ids look like PongNoFrameskip-v4 or ALE/Pong-v5"
+        raise ArgumentError(f"--env-id {env_id}: {str(error).rstrip('.')}; {form}") from None
     others = "ppo_continuous.py for Box actions or ppo_kl_penalty.py for Discrete ones"
     require("game" in options, f"--env-id {env_id} is not an Atari game, use {others}")
     frameskip = options.pop("frameskip")

@@ -145,6 +145,11 @@ def test_ids_that_resemble_nothing(refuse, script, env_id):
     assert f"--env-id {env_id}" in refuse(script, "--env-id", env_id)
 
 
+def test_a_game_without_its_version(refuse):
+    message = refuse(ppo_atari, "--env-id", "Pong")
+    assert "--env-id Pong: " in message and "PongNoFrameskip-v4" in message and "ALE/Pong-v5" in message
+
+
 @pytest.mark.parametrize("env_id", ["ALE/PongDeterministic-v5", "Deterministic-v4", "PongDeterministic"])
 def test_deterministic_ids_that_never_were(refuse, env_id):
     assert f"--env-id {env_id}" in refuse(ppo_atari, "--env-id", env_id)
