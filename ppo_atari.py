@@ -148,7 +148,7 @@ class Step(NamedTuple):
     """What N environments return; where an episode ended, `obs` is the first of the next one."""
 
     obs: np.ndarray  # (N, *obs)
-    rewards: np.ndarray  # (N,) float32, as the learner sees them
+    rewards: np.ndarray  # (N,)
     terminations: np.ndarray  # (N,) bool, the action led to a terminal state
     dones: np.ndarray  # (N,) bool, the episode ended, by termination or by time limit
     final_obs: np.ndarray | None  # (N, *obs) valid only where a time limit cut the episode

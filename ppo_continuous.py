@@ -166,7 +166,7 @@ class Step(NamedTuple):
     """What N environments return; where an episode ended, `obs` is the first of the next one."""
 
     obs: np.ndarray  # (N, *obs)
-    rewards: np.ndarray  # (N,) float32, as the learner sees them
+    rewards: np.ndarray  # (N,)
     terminations: np.ndarray  # (N,) bool, the action led to a terminal state
     dones: np.ndarray  # (N,) bool, the episode ended, by termination or by time limit
     final_obs: np.ndarray | None  # (N, *obs) valid only where a time limit cut the episode
@@ -182,8 +182,8 @@ class QuietSyncVectorEnv(gym.vector.SyncVectorEnv):
 class Envs:
     """N environments stepped together; all that is special about a simulator stays in here.
 
-    In training, rewards are divided by the standard deviation of the discounted return so far and kept within
-    ±10 [37]. Actions are clipped to the bounds only here: the learner keeps what it sampled.
+    Actions are clipped to the bounds only here: the learner keeps what it sampled. scale() divides rewards by
+    the standard deviation of the discounted return up to each of them, and keeps them within ±10 [37].
     """
 
     def __init__(self, args: Args, num_envs: int, seed, training: bool = True, videos: Path | None = None):
@@ -222,7 +222,6 @@ class Envs:
         self.first = rank() * num_envs if training else 0  # as many environments are in earlier processes
         self.seeds = np.random.SeedSequence(seed).generate_state(self.first + num_envs)[self.first :].tolist()
         self.return_stats = np.zeros(3)  # number, sum and sum of squares of all discounted returns so far
-        self.new_stats, self.batch_size = np.zeros(3), args.batch_size  # of this rollout, in this process
         self.num_steps = 0  # taken in all environments of all processes together
         self.finished: list[tuple[int, float, int]] = []  # (num_steps at its end, return, length) per episode
 
@@ -243,25 +242,22 @@ class Envs:
             self.finished.append((end, self.episodic_returns[i].item(), self.lengths[i].item()))
             self.episodic_returns[i] = self.lengths[i] = 0
         self.num_steps += self.num_envs * (world_size() if self.training else 1)
-        obs, rewards, final_obs = obs.astype(np.float32), rewards.astype(np.float32), None
+        obs, final_obs = obs.astype(np.float32), None
         if (cut := truncations & ~terminations).any():
             final_obs = np.zeros_like(obs)
             final_obs[cut] = np.stack(infos["final_obs"][cut])
-        if self.training:
-            rewards = self.scale(rewards, dones)
         return Step(obs, rewards, terminations, dones, final_obs)
 
-    def scale(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:  # (N,)
-        self.discounted_returns = self.discounted_returns * self.gamma + rewards
-        x = self.discounted_returns
-        self.new_stats += (len(x), x.sum(), x @ x)
-        count, total, squares = self.return_stats + self.new_stats
-        variance = max(squares / count - (total / count) ** 2, 0.0)
-        if self.num_steps % self.batch_size == 0:  # the rollout ends: now those of all processes
-            self.return_stats += average(torch.from_numpy(self.new_stats)).numpy() * world_size()
-            self.new_stats[:] = 0.0
-        self.discounted_returns[dones] = 0.0
-        return (rewards / np.sqrt(variance + 1e-8)).clip(-10.0, 10.0).astype(np.float32)
+    def scale(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:  # (T, N) of one rollout
+        returns = np.empty(rewards.shape)  # discounted, of the episodes so far
+        for t in range(len(returns)):
+            returns[t] = self.discounted_returns * self.gamma + rewards[t]
+            self.discounted_returns = returns[t] * (1.0 - dones[t])
+        new_stats = np.array([np.ones_like(returns), returns, returns**2]).sum(2).cumsum(1)  # (3, T)
+        count, total, squares = self.return_stats[:, None] + new_stats
+        variance = np.maximum(squares / count - (total / count) ** 2, 0.0)  # up to each step
+        self.return_stats += average(torch.from_numpy(new_stats[:, -1].copy())).numpy() * world_size()
+        return (rewards / np.sqrt(variance + 1e-8)[:, None]).clip(-10.0, 10.0)
 
     def state_dict(self) -> dict[str, object]:
         return {"num_steps": self.num_steps, "return_stats": self.return_stats.tolist()}
@@ -330,49 +326,55 @@ class Rollout(NamedTuple):
     dones: Tensor  # (T, N) 1.0 where the episode ended, by termination or by time limit
 
 
-def act(agent: Agent, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Actions (N, *act) sampled with Agent.noise (N, …), their log-probabilities (N,) and V(s) (N,)."""
-    policy, values = agent(obs)
-    actions = agent.sample(policy, noise)
-    return actions, policy.log_prob(actions), values
+def act(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
+    """Actions (N, *act) in N states, sampled with Agent.noise (N, …)."""
+    policy, _ = agent(obs)
+    return agent.sample(policy, noise)
 
 
-def propagate(network: nn.Sequential, x: np.ndarray) -> np.ndarray:  # (N, inputs) -> (N, outputs)
-    for layer in network:
-        x = np.tanh(x) if isinstance(layer, nn.Tanh) else x @ layer.weight.numpy().T + layer.bias.numpy()
-    return x
+def numpy_act(agent: Agent) -> Callable:
+    """act() of this agent on a CPU, where calling PyTorch takes longer than computing a network this small.
 
+    The arrays are the memory of the agent's tensors, which only ever change in place.
+    """
+    mean, var = agent.normalize.mean.numpy(), agent.normalize.var.numpy()
+    arrays = [x.detach().numpy() for x in agent.actor.parameters()]
+    layers = list(zip(arrays[::2], arrays[1::2], strict=True))
+    log_std = agent.log_std.detach().numpy()
 
-def act_in_numpy(agent: Agent, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As act(), on a CPU, where calling PyTorch takes longer than computing networks this small."""
-    mean, var, log_std = (x.numpy() for x in (agent.normalize.mean, agent.normalize.var, agent.log_std))
-    x = ((obs.numpy() - mean) / np.sqrt(var + 1e-8)).clip(-10.0, 10.0)
-    output, values, noise = propagate(agent.actor, x), propagate(agent.critic, x)[:, 0], noise.numpy()
-    actions = output + np.exp(log_std) * noise
-    z = (actions - output) / np.exp(log_std)  # of the action as it was rounded
-    logprobs = (-0.5 * z**2 - log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)
-    return tuple(torch.from_numpy(x) for x in (actions, logprobs, values))
+    def act(_: Agent, obs: Tensor, noise: Tensor) -> Tensor:
+        x = ((obs.numpy() - mean) / np.sqrt(var + 1e-8)).clip(-10.0, 10.0)
+        for weight, bias in layers[:-1]:
+            x = np.tanh(x @ weight.T + bias)
+        x = x @ layers[-1][0].T + layers[-1][1]
+        return torch.from_numpy(x + np.exp(log_std) * noise.numpy())
+
+    return act
 
 
 @torch.no_grad()
 def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int, act=act) -> tuple[Rollout, Tensor]:
     """Act `num_steps` times in every environment, from `obs` (N, *obs) on; also returns where it got to."""
     device = obs.device
-    acted, followed, cut_values = [], [], {}
+    acted, followed, cut = [], [], {}
     for t, noise in enumerate(agent.noise(num_steps, len(obs))):
-        actions, logprobs, values = act(agent, obs, noise)
-        acted.append((obs, actions, logprobs, values))
+        actions = act(agent, obs, noise)
+        acted.append((obs, actions))
         step = envs.step(actions.cpu().numpy())
         followed.append((step.rewards, step.terminations, step.dones))
         if step.final_obs is not None:
-            cut_values[t] = agent.value(torch.from_numpy(step.final_obs).to(device))
+            cut[t] = torch.from_numpy(step.final_obs).to(device)
         obs = torch.from_numpy(step.obs).to(device)
-    all_obs, all_actions, logprobs, values = (torch.stack(rows) for rows in zip(*acted, strict=True))
-    outcome = torch.from_numpy(np.array(followed, dtype=np.float32)).to(device)  # (T, 3, N)
-    rewards, terminations, dones = outcome.unbind(1)
+    outcome = np.array(followed, dtype=np.float32)  # (T, 3, N)
+    outcome[:, 0] = envs.scale(outcome[:, 0], outcome[:, 2])
+    rewards, terminations, dones = torch.from_numpy(outcome).to(device).unbind(1)
+    all_obs, all_actions = (torch.stack(rows) for rows in zip(*acted, strict=True))
+    policy, values = agent(all_obs.flatten(0, 1))  # of all steps at once: acting needs neither
+    logprobs = policy.log_prob(all_actions.flatten(0, 1)).view_as(rewards)
+    values = values.view_as(rewards)
     next_values = torch.cat([values[1:], agent.value(obs)[None]])
-    for t, final_values in cut_values.items():  # a time limit is not the end of the task, [TIME]
-        next_values[t] = torch.where(dones[t] > terminations[t], final_values, next_values[t])
+    for t, final_obs in cut.items():  # a time limit is not the end of the task, [TIME]
+        next_values[t] = torch.where(dones[t] > terminations[t], agent.value(final_obs), next_values[t])
     return Rollout(all_obs, all_actions, logprobs, rewards, values, next_values, terminations, dones), obs
 
 
@@ -988,15 +990,14 @@ def compiled(function: Callable, device: torch.device) -> Callable:
 
 
 def agrees(agent: Agent) -> bool:
-    """Whether act_in_numpy() does what act() does, for any weights; not where only Agent has been changed."""
+    """Whether numpy_act() does what act() does, for any weights; not where only Agent has been changed."""
     probe = copy.deepcopy(agent)
     with torch.random.fork_rng([]), torch.no_grad():
         for parameter in probe.parameters():
             parameter.normal_()
         inputs = probe, torch.randn(8, *probe.normalize.mean.shape), probe.noise(8)
-        with suppress(Exception):  # of a layer that propagate() does not know
-            outputs = zip(act(*inputs), act_in_numpy(*inputs), strict=True)
-            return all(torch.allclose(slow, fast, rtol=1e-3, atol=1e-3) for slow, fast in outputs)
+        with suppress(Exception):  # of a layer that has no weights, or other ones
+            return torch.allclose(act(*inputs), numpy_act(probe)(*inputs), rtol=1e-3, atol=1e-3)
     return False
 
 
@@ -1004,7 +1005,7 @@ def accelerate(args: Args, agent: Agent, device: torch.device) -> tuple[Callable
     """act() and minibatch_gradient(), or with --compile what does the same faster."""
     if not args.compile:
         return act, minibatch_gradient
-    fast_act = act_in_numpy if device.type == "cpu" and agrees(agent) else compiled(act, device)
+    fast_act = numpy_act(agent) if device.type == "cpu" and agrees(agent) else compiled(act, device)
     return fast_act, compiled(minibatch_gradient, device)
 
 

@@ -147,13 +147,16 @@ def play(script: ModuleType, env_id: str, folder: Path) -> dict:
             actions = random.integers(int(space.n), size=shape)
         else:
             actions = random.normal(size=(*shape, *space.shape)).astype(np.float32)
-        obs, rewards, stats, steps, rounds = [envs.reset()], [], [], [], []
+        obs, rewards, dones, stats, steps, rounds = [envs.reset()], [], [], [], [], []
         for t, action in enumerate(actions):
             step = envs.step(action[mine])
             obs.append(step.obs)
-            rewards.append(np.sign(step.rewards))  # what they are divided by is each process's own guess
+            rewards.append(step.rewards)
+            dones.append(step.dones)
             steps.append(envs.num_steps)
             if (t + 1) % args.num_steps == 0:
+                if script is not ppo_atari:
+                    envs.scale(*(np.stack(x[-args.num_steps :]) for x in (rewards, dones)))
                 stats.append([float(x) for x in getattr(envs, "return_stats", [])])
                 rounds.append(script.gather(envs.finished))
                 envs.finished.clear()

@@ -159,15 +159,15 @@ def test_arrays_are_float32_and_bool(script):
     _, first, steps = walk(script)
     assert first.dtype == np.float32
     for step in steps:
-        assert (step.obs.dtype, step.rewards.dtype) == (np.float32, np.float32)
+        assert step.obs.dtype == np.float32
         assert (step.terminations.dtype, step.dones.dtype) == (bool, bool)
         assert step.final_obs is None or step.final_obs.dtype == np.float32
 
 
 @over_vector_scripts
-def test_without_training_rewards_are_those_of_the_environment(script):
-    _, _, steps = walk(script, training=False)
-    np.testing.assert_array_equal(field(steps, "rewards"), stories("reward", 40).astype(np.float32))
+def test_rewards_of_a_step_are_those_of_the_environment(script):
+    _, _, steps = walk(script)
+    np.testing.assert_array_equal(field(steps, "rewards"), stories("reward", 40))
 
 
 def scaled(rewards: np.ndarray, dones: np.ndarray, gamma: float) -> np.ndarray:
@@ -183,19 +183,20 @@ def scaled(rewards: np.ndarray, dones: np.ndarray, gamma: float) -> np.ndarray:
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 0.99])
 @over_vector_scripts
-def test_training_rewards_are_scaled(script, gamma):
-    _, _, steps = walk(script, training=True, gamma=gamma)
+def test_rewards_of_rollouts_are_scaled(script, gamma):
+    """Also from one rollout to the next."""
+    rollout, _ = collect(script, "Walk-v0", (7, 1, 32), scaled=True, gamma=gamma)
     dones = stories("terminated", 40) | stories("truncated", 40)
     expected = scaled(stories("reward", 40), dones, gamma)
-    assert field(steps, "rewards").dtype == np.float32
-    np.testing.assert_allclose(field(steps, "rewards"), expected, rtol=1e-4)
+    assert rollout.rewards.dtype == np.float32
+    np.testing.assert_allclose(rollout.rewards, expected, rtol=1e-4)
 
 
 @over_vector_scripts
 def test_scaled_rewards_stay_within_ten(script):
     """A first reward has no deviation yet to be divided by."""
-    _, _, steps = walk(script, num_envs=1, num_steps=2, training=True)
-    assert field(steps, "rewards")[0] == -10.0
+    rollout, _ = collect(script, "Walk-v0", (2,), scaled=True, num_envs=1)
+    assert rollout.rewards[0] == -10.0
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -373,10 +374,15 @@ ROLLOUTS = {
 over_rollouts = pytest.mark.parametrize(("script", "env_id"), ROLLOUTS.values(), ids=ROLLOUTS)
 
 
-def collect(script, env_id: str, lengths: tuple[int, ...]):
+def unscaled(rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
+    return rewards
+
+
+def collect(script, env_id: str, lengths: tuple[int, ...], scaled: bool = False, **options):
     """One rollout after the other, joined; and the environments' own logs."""
     agent, rollouts = KnownValue(env_id == "WalkDiscrete-v0"), []
-    with closing(make_envs(script, env_id)) as envs:
+    with closing(make_envs(script, env_id, **options)) as envs:
+        envs.scale = envs.scale if scaled else unscaled
         obs = torch.from_numpy(envs.reset())
         for length in lengths:
             rollout, obs = script.collect_rollout(agent, envs, obs, length)
@@ -427,6 +433,7 @@ def test_value_of_an_endless_task_is_not_that_of_its_time_limit(script):
     """Reward 1 for ever is worth 1 / (1 − γ) = 10; a sum of 10 rewards would be less than 7."""
     agent = ConstantValue()
     with closing(make_envs(script, "Forever-v0", num_envs=2)) as envs:
+        envs.scale = unscaled
         obs = torch.from_numpy(envs.reset())
         for _ in range(60):
             rollout, obs = script.collect_rollout(agent, envs, obs, num_steps=16)
@@ -443,6 +450,7 @@ def test_critic_learns_the_value_of_an_endless_task(script):
     sizes = {"num_envs": 2, "num_steps": 32, "num_minibatches": 2, "update_epochs": 8}
     args = script.Args(learning_rate=2e-2, gamma=0.9, max_grad_norm=100.0, **sizes, **unclipped)
     with closing(make_envs(script, "Forever-v0", num_envs=2)) as envs:
+        envs.scale = unscaled
         agent = script.Agent(envs.observation_space, envs.action_space)
         optimizer = script.make_optimizer(agent, args)
         obs = torch.from_numpy(envs.reset())

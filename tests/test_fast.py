@@ -64,14 +64,45 @@ def expected_logprobs(case, agent, obs, actions) -> np.ndarray:
     return np.log((powers / powers.sum(-1, keepdims=True))[np.arange(len(obs)), actions.numpy()])
 
 
-@over_cases(CASES)
+@over_cases([ATARI])
 @torch.no_grad()
 def test_act_tells_the_policy_s_log_probabilities_and_values(case):
+    """In the other scripts they are computed for the whole rollout; see also test_envs_vector.py."""
     agent, obs = make_agent(case), random_obs(case, 64)
     actions, logprobs, values = case.script.act(agent, obs, agent.noise(64))
     np.testing.assert_allclose(logprobs, expected_logprobs(case, agent, obs, actions), rtol=1e-4, atol=1e-4)
     close(values, agent(obs)[1])
-    assert actions.dtype == (torch.float32 if case in GAUSSIAN_CASES else torch.int64)
+    assert actions.dtype == torch.int64
+
+
+class StillEnvs:
+    """Shows random observations whatever one does; nothing ever ends."""
+
+    def __init__(self, case):
+        self.case = case
+
+    def step(self, actions):
+        no = np.zeros(8, dtype=bool)
+        return self.case.script.Step(random_obs(self.case, 8).numpy(), np.ones(8), no, no, None)
+
+    def scale(self, rewards, dones):
+        return rewards
+
+
+@over_cases(MLP_CASES)
+@torch.no_grad()
+def test_rollouts_tell_the_policy_s_log_probabilities_and_values(case):
+    """However it acts: of the actions taken, each beside the observation that it answers."""
+    agent = make_agent(case)
+    far_statistics(agent)
+    for act in (case.script.act, case.script.numpy_act(agent)):
+        rollout, obs = case.script.collect_rollout(agent, StillEnvs(case), random_obs(case, 8), 16, act)
+        for t in range(16):
+            expected = expected_logprobs(case, agent, rollout.obs[t], rollout.actions[t])
+            np.testing.assert_allclose(rollout.logprobs[t], expected, rtol=1e-4, atol=1e-4)
+            close(rollout.values[t], agent(rollout.obs[t])[1])
+        close(rollout.next_values, torch.cat([rollout.values[1:], agent(obs)[1][None]]))
+        assert rollout.actions.dtype == (torch.float32 if case in GAUSSIAN_CASES else torch.int64)
 
 
 @over_cases(CASES)
@@ -101,8 +132,8 @@ def test_actions_follow_the_policy(case):
 
 
 def far_statistics(agent) -> None:
-    agent.normalize.mean = torch.tensor([100.0, -3.0, 0.02])
-    agent.normalize.var = torch.tensor([25.0, 1e-3, 4.0])
+    agent.normalize.mean.copy_(torch.tensor([100.0, -3.0, 0.02]))
+    agent.normalize.var.copy_(torch.tensor([25.0, 1e-3, 4.0]))
 
 
 def far_obs(case, count: int) -> torch.Tensor:
@@ -122,14 +153,12 @@ def test_acting_in_numpy_is_acting(case):
         obs, noise = far_obs(case, 64), agent.noise(64)
         clipped = agent.normalize(obs).abs() == 10.0
         assert (clipped.any() and not clipped.all()) or agent.normalize.count > 0
-        found, expected = (act(agent, obs, noise) for act in (case.script.act_in_numpy, case.script.act))
-        for one, other in zip(found, expected, strict=True):
-            assert one.dtype == other.dtype and one.shape == other.shape
-            close(one, other, rtol=1e-4, atol=1e-4)
-        if case not in GAUSSIAN_CASES:
-            assert torch.equal(found[0], expected[0])
-        seen.append(found[2])
+        found, expected = (act(agent, obs, noise) for act in (numpy_act, case.script.act))
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        close(found, expected, rtol=1e-4, atol=1e-4)
+        seen.append(found)
 
+    numpy_act = case.script.numpy_act(agent)
     far_statistics(agent)
     check()
     with torch.enable_grad():
@@ -151,13 +180,13 @@ def test_scaled_rewards_over_many_steps(script):
     discounted, seen = np.zeros(3), []
     with closing(script.Envs(make_args(script, env_id="Pendulum-v1", gamma=gamma), 3, 0)) as envs:
         envs.reset()
-        for reward, done in zip(rewards.astype(np.float32), dones, strict=True):
+        rollouts = zip(np.split(rewards, 2), np.split(dones, 2), strict=True)
+        found = np.concatenate([envs.scale(*rollout) for rollout in rollouts])
+        for reward, done, result in zip(rewards, dones, found, strict=True):
             discounted = gamma * discounted + reward
             seen.extend(discounted)
             expected = np.clip(reward / np.sqrt(np.var(seen) + 1e-8), -10.0, 10.0)
-            found = envs.scale(reward, done)
-            assert found.dtype == np.float32
-            np.testing.assert_allclose(found, expected, rtol=1e-5)
+            np.testing.assert_allclose(result, expected, rtol=1e-5)
             discounted[done] = 0.0
 
 
@@ -374,27 +403,32 @@ def test_no_compile_takes_the_plain_functions(script, monkeypatch):
     assert plain == (script.act, script.minibatch_gradient)
 
 
+def acts_in_numpy(script, agent, device: torch.device) -> bool:
+    act, _ = script.accelerate(make_args(script), agent, device)
+    return act.__qualname__.startswith("numpy_act")
+
+
 @over_cases(MLP_CASES)
 def test_small_networks_act_in_numpy_on_a_cpu(case):
     script, agent, state = case.script, make_agent(case), torch.get_rng_state()
-    assert script.accelerate(make_args(script), agent, CPU)[0] is script.act_in_numpy
-    assert script.accelerate(make_args(script), agent, torch.device("cuda"))[0] is not script.act_in_numpy
+    assert acts_in_numpy(script, agent, CPU)
+    assert not acts_in_numpy(script, agent, torch.device("cuda"))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @over_cases(MLP_CASES)
 @pytest.mark.parametrize("change", ["relu", "tanh at the end", "another input"])
 def test_a_changed_agent_does_not_act_in_numpy(case, change):
-    """Somebody who copies the script and changes its Agent need not know of act_in_numpy()."""
+    """Somebody who copies the script and changes its Agent need not know of numpy_act()."""
     script, agent = case.script, make_agent(case)
     if change == "relu":
-        agent.critic[1] = torch.nn.ReLU()
+        agent.actor[1] = torch.nn.ReLU()
     elif change == "tanh at the end":
         agent.actor.register_forward_hook(lambda module, inputs, output: output.tanh())
     else:
         agent.normalize.register_forward_hook(lambda module, inputs, output: 0.5 * output)
     assert not script.agrees(agent)
-    assert script.accelerate(make_args(script), agent, CPU)[0] is not script.act_in_numpy
+    assert not acts_in_numpy(script, agent, CPU)
 
 
 # ---- compiled for real ----

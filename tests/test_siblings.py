@@ -66,9 +66,13 @@ DIFFERENCES = {
     "Agent.forward": ("all", "another network; the policies that each has"),
     "Agent.noise": ("all", "as many numbers as its policy needs, of their distribution"),
     "Agent.sample": ("all", "the policies that each has"),
-    "propagate": ("atari", "NumPy is faster for networks of a few small layers only"),
-    "agrees": ("atari", "see act_in_numpy"),
-    "act_in_numpy": ("all", "see propagate; the policies that each has"),
+    "act": ("atari", "one network for policy and value: neither costs anything more"),
+    "numpy_act": (
+        "all",
+        "NumPy is faster for networks of a few small layers only; the policies that each has",
+    ),
+    "agrees": ("atari", "see numpy_act"),
+    "collect_rollout": ("atari", "see act and Envs.scale"),
     "policy_loss": ("kl_penalty", "another objective"),
     "value_loss": ("kl_penalty", "it clips nothing: the squared error takes one line of minibatch_loss"),
     "kl_penalty_loss": ("kl_penalty", "another objective"),
@@ -81,7 +85,7 @@ DIFFERENCES = {
     "resolve_device": ("atari", "see Setup.device"),
     "set_up": ("atari", "more than one thread pays"),
     "make_agent": ("atari", "arguments of its Agent"),
-    "accelerate": ("atari", "see propagate"),
+    "accelerate": ("atari", "see numpy_act"),
 }
 # Resuming, evaluation, videos and torchrun take as many lines as the algorithm; each script brings its own.
 MAX_LINES, MAX_FUNCTION, MAX_TRAIN, MAX_COLUMNS, MAX_NESTING = 1111, 50, 59, 110, 3
