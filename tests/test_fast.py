@@ -417,18 +417,32 @@ def test_small_networks_act_in_numpy_on_a_cpu(case):
 
 
 @over_cases(MLP_CASES)
-@pytest.mark.parametrize("change", ["relu", "tanh at the end", "another input"])
+@pytest.mark.parametrize("change", ["relu", "tanh at the end", "temperature", "input", "no normalize"])
 def test_a_changed_agent_does_not_act_in_numpy(case, change):
-    """Somebody who copies the script and changes its Agent need not know of numpy_act()."""
+    """Somebody who copies the script and changes its Agent need not know of numpy_act(), nor be lucky."""
     script, agent = case.script, make_agent(case)
     if change == "relu":
         agent.actor[1] = torch.nn.ReLU()
     elif change == "tanh at the end":
         agent.actor.register_forward_hook(lambda module, inputs, output: output.tanh())
+    elif change == "temperature":  # the likeliest action stays
+        agent.actor.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+    elif change == "input":
+        agent.normalize.register_forward_hook(lambda module, inputs, output: output.clamp(-5.0, 5.0))
     else:
-        agent.normalize.register_forward_hook(lambda module, inputs, output: 0.5 * output)
-    assert not script.agrees(agent)
+        agent.normalize = torch.nn.Identity()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert not script.agrees(agent)
     assert not acts_in_numpy(script, agent, CPU)
+
+
+@over_cases(MLP_CASES)
+def test_an_agent_as_it_is_acts_in_numpy(case):
+    agent = make_agent(case)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert case.script.agrees(agent)
 
 
 # ---- compiled for real ----
