@@ -72,11 +72,9 @@ def tabulate(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
     for (env_id, script), group in runs.items():
         finals = np.array([run["final_mean_return"] for run in group])
         spread = f" ± {finals.std(ddof=1):.1f}" if len(finals) > 1 else ""
-        steps = f"{group[0]['args']['total_timesteps']:,}"
-        if group[0]["args"].get("target_return") is not None:  # ended when solved
-            steps = ", ".join(f"{run['global_step']:,}" for run in group)
+        steps = group[0]["args"]["total_timesteps"]
         minutes = np.median([run["wall_time"] for run in group]) / 60
-        cells = (env_id, script, steps, ", ".join(f"{x:.1f}" for x in finals))
+        cells = (env_id, script, f"{steps:,}", ", ".join(f"{x:.1f}" for x in finals))
         rows.append(f"| {' | '.join(cells)} | {finals.mean():.1f}{spread} | {minutes:.1f} |")
     (study / "table.md").write_text("\n".join(rows) + "\n")
 

@@ -57,7 +57,6 @@ def paper_study(objective: str, flags: str, seeds: int) -> list[tuple[str, str, 
 CLEANRL_SCRIPT = "cleanrl/ppo_continuous_action.py"
 
 PONG_RECIPE = "--num-envs 16 --learning-rate 5e-4 --num-minibatches 16 --no-clip-vloss"
-PONG_SOLVED = f"{PONG_RECIPE} --total-timesteps 1500160 --target-return 19.5"
 
 # study: (script, environment, number of seeds, flags, and processes of torchrun where there are several)
 STUDIES = (
@@ -94,18 +93,17 @@ STUDIES = (
         "eager": [  # beside the same runs of `mujoco`
             ("ppo_continuous.py", f"{task}-v5", 3, "--no-compile") for task in ("HalfCheetah", "Hopper")
         ],
-        "pong": [
+    }
+    | {
+        f"pong/{name}": [
             (
                 "ppo_atari.py",
                 "PongNoFrameskip-v4",
-                1,
-                f"{PONG_RECIPE} --total-timesteps 1500160 --precision bf16",
+                3,
+                f"{PONG_RECIPE} --total-timesteps 1500160 --precision {how}",
             )
-        ],
-    }
-    | {
-        f"pong-solved/{name}": [("ppo_atari.py", "PongNoFrameskip-v4", 3, f"{PONG_SOLVED} --precision {how}")]
-        for name, how in {"bf16": "bf16", "fp32": "fp32", "eager": "bf16 --no-compile"}.items()
+        ]
+        for name, how in {"bf16": "bf16", "fp32": "fp32", "bf16-eager": "bf16 --no-compile"}.items()
     }
     | {
         f"torchrun/processes={processes}": [
