@@ -44,8 +44,12 @@ def beside(runs: dict[tuple[str, str], list[dict]], label: str, other: str, othe
 
 def plot(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
     env_ids = sorted({env_id for env_id, _ in runs})
-    figure, axes = plt.subplots(1, len(env_ids), figsize=(4.2 * len(env_ids), 3.2), squeeze=False)
-    for axis, env_id in zip(axes[0], env_ids, strict=True):
+    rows = -(-len(env_ids) // 4)
+    columns = -(-len(env_ids) // rows)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False)
+    for axis in axes.flat[len(env_ids) :]:
+        axis.remove()
+    for axis, env_id in zip(axes.flat, env_ids, strict=False):
         scripts = [script for env, script in runs if env == env_id]
         for script, color in zip(scripts, plt.cm.tab10.colors, strict=False):
             curves = [np.array(run["curve"], dtype=float) for run in runs[env_id, script]]
@@ -60,7 +64,8 @@ def plot(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("return, mean of 100 episodes")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("return, mean of 100 episodes")
     figure.tight_layout()
     figure.savefig(study / "curves.png", dpi=130)
     plt.close(figure)

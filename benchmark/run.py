@@ -242,6 +242,7 @@ def main(
     /,
     workers: int = os.cpu_count() or 1,
     threads: int = 1,
+    seeds: int | None = None,
     rounds: int = 5,
     baseline: str = sys.executable,
     cleanrl: str = "cleanrl",
@@ -255,6 +256,7 @@ def main(
         studies: their names; paper, the paper's Table 1; all; or speed, steps per second beside CleanRL's.
         workers: runs at a time.
         threads: of each run; ppo_atari.py alone uses more than one.
+        seeds: at most so many of each, where time does not suffice for all.
         rounds: of the speed measurement, each with one run of every side.
         baseline: Python interpreter for CleanRL, with the packages that it needs; of `speed` and `cleanrl`.
         cleanrl: a checkout of CleanRL.
@@ -275,8 +277,8 @@ def main(
         Run(name, script, env_id, seed, flags, *processes)
         for name, family in families.items()
         if family & set(studies)
-        for script, env_id, seeds, flags, *processes in STUDIES[name]
-        for seed in range(1, seeds + 1)
+        for script, env_id, most, flags, *processes in STUDIES[name]
+        for seed in range(1, min(most, seeds or most) + 1)
     ]
     runs.sort(key=lambda run: run.seed)  # stopped early, every study has some of its seeds
     with ThreadPoolExecutor(workers) as pool:
