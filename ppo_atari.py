@@ -339,23 +339,25 @@ def act(agent: Agent, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tenso
 @torch.no_grad()
 def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int, act=act) -> tuple[Rollout, Tensor]:
     """Act `num_steps` times in every environment, from `obs` (N, *obs) on; also returns where it got to."""
-    device = obs.device
+    device, shape = obs.device, (num_steps * len(obs), *obs.shape[1:])
+    frames = torch.empty(shape, dtype=obs.dtype, device=device, memory_format=torch.channels_last)
+    all_obs = frames.unflatten(0, (num_steps, -1))  # (T, N, *obs), laid out as convolutions are fast with
     acted, followed, cut_values = [], [], {}
     for t, noise in enumerate(agent.noise(num_steps, len(obs))):
-        actions, logprobs, values = act(agent, obs, noise)
-        acted.append((obs, actions, logprobs, values))
-        step = envs.step(actions.cpu().numpy())
+        all_obs[t] = obs
+        acted.append(act(agent, all_obs[t], noise))
+        step = envs.step(acted[t][0].cpu().numpy())
         followed.append((step.rewards, step.terminations, step.dones))
         if step.final_obs is not None:
             cut_values[t] = agent.value(torch.from_numpy(step.final_obs).to(device))
         obs = torch.from_numpy(step.obs).to(device)
-    all_obs, all_actions, logprobs, values = (torch.stack(rows) for rows in zip(*acted, strict=True))
+    actions, logprobs, values = (torch.stack(x) for x in zip(*acted, strict=True))
     outcome = torch.from_numpy(np.array(followed, dtype=np.float32)).to(device)  # (T, 3, N)
     rewards, terminations, dones = outcome.unbind(1)
     next_values = torch.cat([values[1:], agent.value(obs)[None]])
     for t, final_values in cut_values.items():  # a time limit is not the end of the task, [TIME]
         next_values[t] = torch.where(dones[t] > terminations[t], final_values, next_values[t])
-    return Rollout(all_obs, all_actions, logprobs, rewards, values, next_values, terminations, dones), obs
+    return Rollout(all_obs, actions, logprobs, rewards, values, next_values, terminations, dones), obs
 
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
@@ -433,7 +435,6 @@ def update(
     obs, actions, logprobs, _, values, *_ = rollout
     batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, values, advantages, returns)]
     advantages = batch[-2]
-    batch[0] = batch[0].contiguous(memory_format=torch.channels_last)  # once, not in every epoch
     (parameters,), history = optimizer.param_groups[0]["params"], []
     own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # average first
     for _ in range(args.update_epochs):

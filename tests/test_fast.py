@@ -105,6 +105,18 @@ def test_rollouts_tell_the_policy_s_log_probabilities_and_values(case):
         assert rollout.actions.dtype == (torch.float32 if case in GAUSSIAN_CASES else torch.int64)
 
 
+@torch.no_grad()
+def test_frames_are_laid_out_for_convolutions():
+    """So that no minibatch has to rearrange them; each beside the action that answers it."""
+    agent, first = make_agent(ATARI), random_obs(ATARI, 8)
+    rollout, last = ATARI.script.collect_rollout(agent, StillEnvs(ATARI), first, 4)
+    assert rollout.obs.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(rollout.obs[0], first) and not torch.equal(rollout.obs[3], last)
+    for obs, actions, logprobs in zip(rollout.obs, rollout.actions, rollout.logprobs, strict=True):
+        expected = expected_logprobs(ATARI, agent, obs, actions)
+        np.testing.assert_allclose(logprobs, expected, rtol=1e-4, atol=1e-4)
+
+
 @over_cases(CASES)
 @torch.no_grad()
 def test_actions_follow_the_policy(case):
