@@ -3,9 +3,11 @@
     python benchmark/plot.py
 
 Each study gets a picture, its learning curves with the mean over seeds in bold, and a table of final returns.
+The tables of README.md are made here as well.
 """
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,6 +19,26 @@ import numpy as np
 from matplotlib.ticker import EngFormatter
 
 RESULTS = Path(__file__).resolve().parent / "results"
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+# README's table of results: study, environment, script, its arguments, and the means that CleanRL and
+# openai/baselines publish for older versions of the task
+README_ROWS = (
+    ("mujoco", "HalfCheetah-v5", "ppo_continuous.py", "defaults", "1443 ± 46, 2906 ± 1129", "1669"),
+    ("mujoco", "Hopper-v5", "ppo_continuous.py", "defaults", "2383 ± 272", "2316"),
+    ("mujoco", "Walker2d-v5", "ppo_continuous.py", "defaults", "2288 ± 572", "3425"),
+    ("mujoco", "Swimmer-v5", "ppo_continuous.py", "defaults", "", "111"),
+    ("mujoco", "InvertedDoublePendulum-v5", "ppo_continuous.py", "defaults", "", "7103"),
+    ("mujoco", "Ant-v5", "ppo_continuous.py", "defaults", "", ""),
+    ("mujoco", "Humanoid-v5", "ppo_continuous.py", "defaults", "716", ""),
+    ("mujoco", "Hopper-v5", "ppo_kl_penalty.py", "defaults: adaptive β, d_targ 0.01", "", ""),
+    ("interrupted", "Hopper-v5", "ppo_continuous.py", "killed 7 to 15 times and resumed", "", ""),
+    ("classic", "BipedalWalker-v3", "ppo_continuous.py", "recipe", "", ""),
+    ("classic", "Pendulum-v1", "ppo_continuous.py", "recipe", "", ""),
+    ("classic", "LunarLander-v3", "ppo_kl_penalty.py", "recipe", "", ""),
+    ("classic", "CartPole-v1", "ppo_kl_penalty.py", "defaults", "", ""),
+    ("pong/bf16", "PongNoFrameskip-v4", "ppo_atari.py", "recipe", "20.36 ± 0.20 (10M)", "20.5 (10M)"),
+)
 
 # Studies that change one thing of the runs of another one, which are shown beside them: its name, their label
 BESIDE = {"eager": ("mujoco", "compiled"), "interrupted": ("mujoco", "left alone")}
@@ -71,17 +93,50 @@ def plot(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
     plt.close(figure)
 
 
+def per_seed(finals: np.ndarray, digits: int = 1) -> tuple[str, str]:
+    """Each of them, and their mean ± standard deviation."""
+    spread = f" ± {finals.std(ddof=1):.{digits}f}" if len(finals) > 1 else ""
+    return ", ".join(f"{x:.{digits}f}" for x in finals), f"{finals.mean():.{digits}f}{spread}"
+
+
 def tabulate(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
     rows = ["| environment | script | steps | final return per seed | mean ± sd | minutes per run |"]
     rows.append("|---|---|---|---|---|---|")
     for (env_id, script), group in runs.items():
         finals = np.array([run["final_mean_return"] for run in group])
-        spread = f" ± {finals.std(ddof=1):.1f}" if len(finals) > 1 else ""
         steps = group[0]["args"]["total_timesteps"]
         minutes = np.median([run["wall_time"] for run in group]) / 60
-        cells = (env_id, script, f"{steps:,}", ", ".join(f"{x:.1f}" for x in finals))
-        rows.append(f"| {' | '.join(cells)} | {finals.mean():.1f}{spread} | {minutes:.1f} |")
+        cells = (env_id, script, f"{steps:,}", *per_seed(finals), f"{minutes:.1f}")
+        rows.append(f"| {' | '.join(cells)} |")
     (study / "table.md").write_text("\n".join(rows) + "\n")
+
+
+def results() -> list[str]:
+    """README's table, of what README_ROWS names and there is."""
+    rows = ["| environment | script | steps | arguments | each seed | mean ± sd | CleanRL | baselines |"]
+    rows.append("|---" * 8 + "|")
+    for study, env_id, script, arguments, *published in README_ROWS:
+        if group := load(RESULTS / study).get((env_id, script)):
+            finals = np.array([run["final_mean_return"] for run in group])
+            steps = f"{group[0]['args']['total_timesteps'] / 1e6:.2g}M"
+            each, mean = per_seed(finals, digits=0 if abs(finals).max() >= 100 else 1)
+            cells = [
+                env_id,
+                f"`{script}`",
+                steps,
+                arguments,
+                each,
+                mean,
+                *(text or "–" for text in published),
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def fill(text: str, name: str, lines: list[str]) -> str:
+    """The text with `lines` between its marks <!-- NAME … --> and <!-- end -->."""
+    marks = re.compile(rf"(<!-- {name}\b[^\n]*-->\n).*?(<!-- end -->\n)", re.DOTALL)
+    return marks.sub(lambda found: "\n".join([found[1], *lines, "", found[2]]), text)
 
 
 def cleanrl(folder: Path) -> None:
@@ -120,8 +175,11 @@ def bootstrap(scores: list[np.ndarray], draws: int = 10_000) -> tuple[float, flo
     return tuple(np.quantile(np.mean(means, axis=0), (0.025, 0.975)))
 
 
-def paper(folder: Path) -> None:
-    """Our Table 1 beside the paper's; the scores of a task go from 0, random actions, to 1, the best run."""
+def paper(folder: Path) -> list[str]:
+    """Our Table 1 beside the paper's; the scores of a task go from 0, random actions, to 1, the best run.
+
+    Returns README's table of the objectives that every task was run with.
+    """
     finals = {}  # objective: {task: final returns}
     for objective in ("random", *PAPER_SCORES):
         runs = load(folder / objective)
@@ -152,8 +210,12 @@ def paper(folder: Path) -> None:
         rows.append(f"| {' | '.join(texts)} |")
     ends = ", ".join(f"{task} {floor[task]:.1f} to {best[task]:.1f}" for task in floor)
     (folder / "table.md").write_text("\n".join([*rows, "", f"Scores 0 to 1 stand for: {ends}."]) + "\n")
+    short = ["| objective | score | 95 % | paper |", "|---|---|---|---|"]
+    for objective, (score, low, high) in shown.items():
+        interval = f"{low:.2f} to {high:.2f}" if low < high else ""
+        short.append(f"| {objective} | {score:.2f} | {interval} | {PAPER_SCORES[objective]:.2f} |")
     if not shown:
-        return
+        return short
     figure, axis = plt.subplots(figsize=(6.5, 0.35 * len(shown) + 1.0))
     for row, (objective, (score, low, high)) in enumerate(shown.items()):
         axis.barh(row, score, color="tab:blue", alpha=0.6)
@@ -165,11 +227,14 @@ def paper(folder: Path) -> None:
     figure.tight_layout()
     figure.savefig(folder / "table1.png", dpi=130)
     plt.close(figure)
+    return short
 
 
 def main() -> None:
+    readme = fill(README.read_text(), "results", results())
     if (RESULTS / "paper" / "random").exists():
-        paper(RESULTS / "paper")
+        readme = fill(readme, "objectives", paper(RESULTS / "paper"))
+    README.write_text(readme)
     if (RESULTS / "cleanrl").exists():
         cleanrl(RESULTS / "cleanrl")
     others = [path for path in RESULTS.iterdir() if path.is_dir() and path.name not in ("paper", "cleanrl")]

@@ -1,6 +1,7 @@
 """The studies behind the README: run, left out when done, resumed, summarised and drawn."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,17 @@ import scaling  # noqa: E402
 FLAGS = "--total-timesteps 512 --num-envs 4 --num-steps 64 --num-minibatches 4 --update-epochs 1 --no-compile"
 
 
+MARKED = """before
+<!-- results, by hand never -->
+old
+<!-- end -->
+between
+<!-- objectives -->
+<!-- end -->
+after
+"""
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
     """A folder with one script and two small studies, one of which cannot work."""
@@ -26,6 +38,8 @@ def project(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     monkeypatch.setattr(runner, "RESULTS", results)
     monkeypatch.setattr(plot, "RESULTS", results)
+    monkeypatch.setattr(plot, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text(MARKED)
     studies = {
         "small": [("ppo_kl_penalty.py", "CartPole-v1", 2, FLAGS)],
         "wrong": [("ppo_kl_penalty.py", "CartPole-v1", 1, "--gamma 2")],
@@ -147,6 +161,23 @@ def test_one_objective_alone_has_no_score(project):
     plot.paper(folder)
     assert "| none | 1 |  |  | -0.39 | 20.0 |" in (folder / "table.md").read_text()
     assert not (folder / "table1.png").exists()
+
+
+def test_the_tables_of_readme(project):
+    """Only what is between their marks is made anew."""
+    results = project / "benchmark" / "results"
+    curve = {"curve": [[1, 0.0], [1000, 1.0]]}
+    write_runs(results / "mujoco", "Hopper-v5", "ppo_continuous.py", [300.0, 320.0, 340.0], **curve)
+    for objective, final in (("random", 10.0), ("none", 10.0), ("clip-0.2", 110.0)):
+        write_runs(results / "paper" / objective, "A-v5", "ppo_continuous.py", [final])
+    plot.main()
+    before, results, between, objectives, after = re.split(r"\n\n?<!--.*-->\n", plot.README.read_text())
+    assert (before, between, after) == ("before", "between", "after\n")
+    (row,) = results.splitlines()[3:]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[:4] == ["Hopper-v5", "`ppo_continuous.py`", "0.001M", "defaults"]
+    assert cells[4:] == ["300, 320, 340", "320 ± 20", "2383 ± 272", "2316"]
+    assert objectives.splitlines()[3:] == ["| none | 0.00 |  | -0.39 |", "| clip-0.2 | 1.00 |  | 0.82 |"]
 
 
 def test_the_model_of_scaling():

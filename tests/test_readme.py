@@ -1,10 +1,9 @@
 """What README says: its commands work, its links lead somewhere, its scores are those of the results."""
 
-import json
 import re
 import shlex
+import shutil
 import sys
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,10 @@ from fakes import SCRIPTS
 import ppo_atari
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import plot  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [ROOT / "README.md", ROOT / "benchmark" / "README.md"]
 
@@ -71,25 +74,13 @@ def test_every_metric_is_explained(tmp_path):
     assert explained == logged | {"charts/eval_return"}  # the last one only with --capture-video
 
 
-def scores(text: str) -> list[float]:
-    return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
-
-
-def test_scores_are_those_of_the_runs():
-    finals = defaultdict(list)
-    for path in sorted((ROOT / "benchmark" / "results").rglob("*__*.json")):
-        run = json.loads(path.read_text())
-        finals[path.parent, run["args"]["env_id"], run["script"]].append(run["final_mean_return"])
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines()]
-    header = next(row for row in rows if "each seed" in row)
-    first = rows.index(header) + 2
-    number = 0
-    for row in rows[first : rows.index([""], first)]:
-        seeds, mean = scores(row[header.index("each seed")]), scores(row[header.index("mean ± sd")])
-        assert any(seeds == pytest.approx(returns, abs=0.6) for returns in finals.values()), row
-        assert mean[0] == pytest.approx(sum(seeds) / len(seeds), abs=1.0)
-        number += 1
-    assert number >= 5
+def test_tables_are_those_of_the_results(tmp_path):
+    """As benchmark/plot.py makes them."""
+    shutil.copytree(plot.RESULTS / "paper", tmp_path / "paper")
+    for name, table in (("results", plot.results()), ("objectives", plot.paper(tmp_path / "paper"))):
+        assert len(table) > 3
+        assert plot.fill(README, name, table) == README
+        assert plot.fill(README, name, ["| another |"]) != README
 
 
 def test_arguments_exist():
