@@ -201,7 +201,8 @@ class Envs:
         rendering = {"render_mode": "rgb_array"} if videos or args.render else {}
         if rendering and sys.platform == "linux" and "DISPLAY" not in os.environ:
             os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo and pygame draw without a display, if told to
-            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+            if videos:
+                os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         vectorize = gym.vector.AsyncVectorEnv if args.async_envs else QuietSyncVectorEnv
         try:
             self.envs = vectorize([make_env] * num_envs, copy=False, autoreset_mode="SameStep")
@@ -305,7 +306,8 @@ class Agent(nn.Module):
         return policy, self.critic(x).squeeze(-1)
 
     def noise(self, *shape: int) -> Tensor:  # standard normal (*shape, *act)
-        return torch.randn(*shape, len(self.log_std), device=self.log_std.device)
+        noise = torch.randn(*shape, len(self.log_std))
+        return noise.to(self.log_std.device)  # from the CPU: one generator to seed, save and fork
 
     def sample(self, policy: Independent, noise: Tensor) -> Tensor:  # (M, *act)
         return policy.mean + policy.stddev * noise
@@ -410,7 +412,7 @@ def minibatch_loss(agent: Agent, minibatch: list[Tensor], args: Args) -> tuple[T
     pg_loss = policy_loss(logratio, advantages, args.clip_coef)
     v_loss = value_loss(values, old_values, returns, args.clip_coef if args.clip_vloss else None)
     entropy = policy.entropy().mean()
-    ratio = logratio.detach().exp()
+    ratio = logratio.exp()
     metrics = {
         "losses/policy_loss": pg_loss,
         "losses/value_loss": v_loss,
@@ -454,7 +456,7 @@ def update(
     (parameters,), history = optimizer.param_groups[0]["params"], []
     own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # average first
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(batch[0]), device=obs.device).view(args.num_minibatches, -1)
+        order = torch.randperm(len(batch[0])).to(obs.device).view(args.num_minibatches, -1)
         if args.norm_adv:
             batch[-2] = advantages.index_put((order,), normalize(advantages[order]))
         for rows in order:
@@ -480,27 +482,30 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
 
     They are the first ones of each environment: the first ones of all to end would be the short ones.
     """
+    screens = {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
+    if args.render and sys.platform == "linux" and not screens & os.environ.keys():
+        raise OSError("there is no display")  # SDL would draw where nobody sees it
     num_envs = 1 if videos or args.render else min(args.eval_episodes, args.num_envs)
     episodes, device = [[] for _ in range(num_envs)], next(agent.parameters()).device
-    counted = range(args.eval_episodes)  # the i-th is episode i // num_envs of environment i % num_envs
+    counts = [len(range(i, args.eval_episodes, num_envs)) for i in range(num_envs)]  # of each environment
     with (
         closing(Envs(args, num_envs, [args.seed, 0, 1], training=False, videos=videos)) as envs,
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.random.fork_rng([]),
         ExitStack() as stack,
         tqdm(unit=" episodes", file=sys.stdout, leave=False, disable=None) as bar,
     ):
         stack.callback(np.random.set_state, np.random.get_state())
         torch.manual_seed(args.seed)
         obs = envs.reset()
-        while any(len(episodes[i % num_envs]) <= i // num_envs for i in counted[-num_envs:]):
+        while any(len(played) < count for played, count in zip(episodes, counts, strict=True)):
             policy, _ = agent(torch.from_numpy(obs).to(device))
-            actions = policy.mode if args.deterministic else policy.sample()
+            actions = policy.mode if args.deterministic else agent.sample(policy, agent.noise(num_envs))
             obs = envs.step(actions.cpu().numpy()).obs
             for step, *episode in envs.finished:
                 episodes[(step - 1) % num_envs].append(tuple(episode))
                 bar.update()
             envs.finished.clear()
-    return [episodes[i % num_envs][i // num_envs] for i in counted]
+    return [episodes[i % num_envs][i // num_envs] for i in range(args.eval_episodes)]
 
 
 def evaluate_checkpoint(args: Args) -> None:
@@ -543,10 +548,9 @@ class Checkpoints:
         (logger.dir / "checkpoints").mkdir(exist_ok=True)
 
     def state(self, iteration: int) -> dict[str, object]:
-        about = {"format": 2, "script": Args.exp_name, "args": asdict(self.args), "iteration": iteration}
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        about = {"format": 3, "script": Args.exp_name, "args": asdict(self.args), "iteration": iteration}
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        return about | {"rng": [torch.get_rng_state(), *cuda]} | parts
+        return about | {"rng": torch.get_rng_state()} | parts
 
     def after(self, iteration: int) -> None:
         """Saves the run every --checkpoint-interval, and remembers it where it plays better than before."""
@@ -554,7 +558,7 @@ class Checkpoints:
             self.best = copy.deepcopy(self.state(iteration))
         if time.monotonic() - self.saved >= 60.0 * self.args.checkpoint_interval:
             self.save(iteration)
-            self.record(iteration)
+            self.record()
 
     def save(self, iteration: int) -> None:
         self.logger.flush()  # so that nothing older than the checkpoint can be missing
@@ -573,9 +577,9 @@ class Checkpoints:
             self.write("best.pt", self.best)
         self.best = None
 
-    def record(self, iteration: int) -> None:
+    def record(self) -> None:
         """With --capture-video: plays an episode, for an mp4 and charts/eval_return."""
-        step, args = iteration * self.args.batch_size, replace(self.args, eval_episodes=1)
+        step, args = self.logger.step, replace(self.args, eval_episodes=1)
         if not self.capture_video or step == self.recorded:
             return
         self.recorded = step
@@ -609,7 +613,7 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as error:  # as many kinds as there are ways to break a file
         raise ArgumentError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
     require(script == Args.exp_name, f"{path}: written by {script!r}, not by this script, {Args.exp_name}")
-    require(version == 2, f"{path}: of format {version}, while this script writes and reads format 2")
+    require(version == 3, f"{path}: of format {version}, while this script writes and reads format 3")
     with fitting(path, "this script"):
         parts = set("iteration rng agent optimizer envs logger step seconds returns best".split())
         missing = parts - {*checkpoint, *checkpoint["logger"]}
@@ -635,13 +639,10 @@ def checkpoint_to_resume(args: Args) -> dict | None:
 
 def restore(checkpoint: dict, args: Args, **parts) -> None:
     """The state of everything that has one, and of the random numbers."""
-    with fitting(checkpoint_path(args), args.env_id):
+    with fitting(Path("runs", args.run_name), args.env_id):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        cpu, *cuda = checkpoint["rng"]
-        torch.set_rng_state(cpu)
-        if torch.cuda.is_initialized():
-            torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
+        torch.set_rng_state(checkpoint["rng"])
 
 
 @contextmanager
@@ -714,8 +715,7 @@ class Logger:
         try:
             self.dir.mkdir(parents=True, exist_ok=args.resume)
         except OSError as error:
-            exists = f"{self.dir} exists and is not overwritten, --resume goes on with it"
-            message = exists if isinstance(error, FileExistsError) else f"{self.dir}: {error.strerror}"
+            message = f"{self.dir}: {error.strerror}; only --resume goes on with a run that exists"
             raise ArgumentError(f"--run-name {self.dir.name}: {message}") from None
         state = state or {"step": 0, "seconds": 0.0, "returns": [], "best": [0, -math.inf]}
         self.step, self.start, self.best = state["step"], time.monotonic() - state["seconds"], state["best"]
@@ -783,14 +783,11 @@ class Logger:
         if self.bar.disable and time.monotonic() - self.printed > 5.0:
             self.print_status()
 
-    def timed(self, name: str, function: Callable) -> Callable:
-        def call(*inputs):
-            start = time.perf_counter()
-            outputs = function(*inputs)
-            self.times[name] += time.perf_counter() - start
-            return outputs
-
-        return call
+    @contextmanager  # which makes a decorator as well
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.times[name] += time.perf_counter() - start
 
     def print_status(self) -> None:
         if self.status:
@@ -832,7 +829,7 @@ class Logger:
         checkpoint = self.dir / "checkpoints" / "last.pt"
         if checkpoint.exists():
             self.tell_wandb(lambda run: run.log_model(str(checkpoint), f"{run.id}-last"))
-        self.tell_wandb(lambda run: run.finish())
+        self.tell_wandb(lambda run: run.finish(exit_code=int(sys.exc_info()[0] is not None)))
 
 
 def world_size() -> int:
@@ -872,9 +869,10 @@ def process_group(args: Args) -> Iterator[Args]:
     """Joins the processes of torchrun, if any: the first one writes and prints, the others into the void."""
     with ExitStack() as stack:
         if world_size() > 1:
-            # A restart finds the addresses of the dead in the store, unless each attempt has its own prefix.
             store, *_ = next(distributed.rendezvous("env://"))
-            store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # then it outlives an attempt, and
+                # a restart finds the addresses of the dead in it, unless each attempt has its own prefix
+                store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             # Gloo for what is on a CPU, NCCL for what is on a GPU
             distributed.init_process_group(store=store, rank=rank(), world_size=world_size())
             stack.callback(distributed.destroy_process_group)
@@ -925,22 +923,17 @@ def init_wandb(args: Args, run_dir: Path):
     return wandb.init(**identity, **where, config=asdict(args), save_code=True, mode=mode)
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the CPU: starting a GPU's kernels takes longer than networks this small."""
-    known = re.fullmatch(r"auto|cpu|(cuda|mps)(:\d+)?", name)
+def set_up(args: Args, iteration: int = 0) -> torch.device:
+    """The device; prepares torch for it, and everybody's random numbers."""
+    name = "cpu" if args.device == "auto" else args.device  # a GPU takes longer to call than it computes
+    known = re.fullmatch(r"cpu|(cuda|mps)(:\d+)?", name)
     require(known is not None, f"--device {name}: not auto, cpu, cuda, cuda:1 or mps")
-    name = "cpu" if name == "auto" else name
     if name == "cuda" and world_size() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # every process on a machine has its own
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"--device {name}: {str(error).splitlines()[0]}") from None
-
-
-def set_up(args: Args, iteration: int = 0) -> torch.device:
-    """The device; prepares torch for it, and everybody's random numbers."""
-    device = resolve_device(args.device)
     torch.set_num_threads(1)  # two threads wait for each other longer than such small layers take
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if device.type == "cuda":
@@ -1023,16 +1016,15 @@ def train(args: Args) -> float:
         if checkpoint:
             restore(checkpoint, args, agent=agent, optimizer=optimizer, envs=envs)
         if rank() > 0:  # the same agent, but other actions and minibatches
-            seed = np.random.default_rng([args.seed, iteration, rank()]).integers(2**63)
-            torch.manual_seed(int(seed))
+            torch.manual_seed(int(np.random.default_rng([args.seed, iteration, rank()]).integers(2**63)))
         with (
             closing(Logger(args, checkpoint and checkpoint["logger"])) as logger,
             closing(Checkpoints(args, logger, agent=agent, optimizer=optimizer, envs=envs)) as checkpoints,
             noted_signals() as signals,
         ):
             checkpoints.save(iteration)
-            collect, learn = logger.timed("time/act", collect_rollout), logger.timed("time/update", update)
-            envs.step = logger.timed("time/env", envs.step)
+            collect, learn = logger.timed("time/act")(collect_rollout), logger.timed("time/update")(update)
+            envs.step = logger.timed("time/env")(envs.step)
             obs = torch.from_numpy(envs.reset()).to(device)
             stop = gather(signals)
             while not stop and iteration < args.num_iterations and not logger.solved(args.target_return):
@@ -1042,12 +1034,13 @@ def train(args: Args) -> float:
                 logger.log_episodes(sorted(gather(envs.finished)))
                 envs.finished.clear()
                 logger.log_iteration(envs.num_steps, learn(agent, optimizer, rollout, args, fast_gradient))
+                del rollout  # or it would stay in memory while the next one is made
                 iteration += 1
                 checkpoints.after(iteration)
                 stop = gather(signals)
             checkpoints.save(iteration)
             if not stop:
-                checkpoints.record(iteration)
+                checkpoints.record()
             if logger.solved(args.target_return):
                 tqdm.write(f"solved at step {logger.step:,} after {logger.seconds() / 60:.1f} min")
     if stop:
@@ -1066,6 +1059,8 @@ def parse_args() -> Args:
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):  # where a pipe's code page lacks γ or µ, as on Windows
+        stream.reconfigure(errors="replace")
     try:
         args = parse_args()
         train(args) if args.evaluate is None else evaluate_checkpoint(args)

@@ -261,7 +261,7 @@ def test_files_of_a_run(stopped):
     for checkpoint in (last(stopped.folder), best(stopped.folder)):
         assert_plain(checkpoint)
         assert checkpoint.keys() == KEYS
-        assert checkpoint["format"] == 2
+        assert checkpoint["format"] == 3
         assert checkpoint["script"] == stopped.script.__name__
         assert checkpoint["args"] == asdict(stopped.args)
         assert (

@@ -245,6 +245,7 @@ def work(rank: int, folder: Path, ports: list[int]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
     torch.set_num_threads(1)
     results = {}
     for port, (name, job) in zip(ports, (BOTH | TOGETHER).items(), strict=True):
@@ -719,6 +720,24 @@ def test_a_job_restarts_after_sigkill_at_any_moment(torchrun):
     assert seen == sorted(seen) and 0 < seen[0] and seen[-1] < iterations
     assert_complete(run, run_args(ppo_kl_penalty).batch_size, iterations)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.pt", "last.pt"}
+
+
+@over_scripts(SCRIPTS)
+@pytest.mark.parametrize("shared", ["True", "False", None])
+def test_attempts_share_no_keys(script, monkeypatch, shared):
+    """Torchruns of several machines count restarts separately: without a shared store there is no prefix."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "TORCHELASTIC_RESTART_COUNT": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    if shared is not None:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    store, started = distributed.HashStore(), {}
+    monkeypatch.setattr(distributed, "rendezvous", lambda _: iter([(store, 0, 2)]))
+    monkeypatch.setattr(distributed, "init_process_group", lambda **options: started.update(options))
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
+    with script.process_group(run_args(script)):
+        started["store"].set("address", "here")
+    assert store.check(["3/address" if shared == "True" else "address"])
 
 
 # ---- one process ----

@@ -621,8 +621,8 @@ class FakeWandbRun:
     def log_model(self, *_) -> None:
         pass
 
-    def finish(self) -> None:
-        pass
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
 
     def steps_of(self, key: str) -> list[int]:
         return [step for step, data in self.logged if key in data]
@@ -658,6 +658,7 @@ def test_training_records_at_checkpoints(script, recordings):
     assert [step for step, _ in returns] == [32, 64, 96]
     assert fake.steps_of("charts/eval_return") == [32, 64, 96]
     assert fake.steps_of("videos") == [32, 64, 96]
+    assert fake.exit_code == 0
 
 
 @over_scripts(SCRIPTS)
@@ -786,6 +787,17 @@ def test_without_a_screen_there_is_still_a_table(script, trained, command, monke
 
 
 @over_scripts(SCRIPTS)
+def test_no_window_where_nobody_would_see_it(script, trained, command, monkeypatch):
+    """SDL would take a driver of its own that shows nothing."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
+        monkeypatch.delenv(name, raising=False)
+    status, out, err = command(script, "--evaluate", "runs/test", "--render")
+    assert (status, err) == (0, "no window: OSError: there is no display\n")
+    check_table(out, report_of(trained), episodes=3)
+
+
+@over_scripts(SCRIPTS)
 def test_window_only_for_evaluation_and_not_with_videos(script, trained, command):
     before = contents(trained.parent)
     alone = command(script, "--render")
@@ -809,6 +821,15 @@ def test_wandb_gets_the_video(script, here):
     assert (step, list(data)) == (64, ["videos"])
     assert data["videos"]._format == "mp4"
     assert Path(data["videos"]._path).read_bytes() == (here / "clip.mp4").read_bytes()
+
+
+@over_scripts(SCRIPTS)
+def test_wandb_knows_that_a_run_has_failed(script, here, monkeypatch):
+    fake = FakeWandbRun()
+    monkeypatch.setattr(script, "init_wandb", lambda *_: fake)
+    with pytest.raises(FloatingPointError):
+        script.train(small_args(script, track=True, learning_rate=1e30))
+    assert fake.exit_code == 1
 
 
 @over_scripts(SCRIPTS)

@@ -285,6 +285,24 @@ def test_target_return_stops_early(here, capsys):
     assert rows[99]["global_step"] <= last < rows[99]["global_step"] + args.batch_size
 
 
+# ---- pipes of other code pages ----
+
+
+@over_scripts(SCRIPTS)
+@pytest.mark.parametrize("encoding", ["gbk", "cp1252"])  # one lacks µ, the other γ
+def test_what_cannot_be_encoded_stops_nothing(script, encoding, here, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 0
+    monkeypatch.setattr(script, "parse_args", lambda: short_args(script, compile=False))
+    script.main()
+    sys.stdout.flush()
+    printed = sys.stdout.buffer.getvalue().decode(encoding)
+    assert "--gae-lambda" in printed and "s per step: env" in printed
+
+
 # ---- NaN ----
 
 
