@@ -46,12 +46,12 @@ PAPER_OBJECTIVES = {
 }
 
 
-def paper_study(objective: str, flags: str, seeds: int) -> list[tuple[str, str, int, str]]:
+def paper_study(objective: str, flags: str, seeds: int, tasks=PAPER_TASKS) -> list[tuple[str, str, int, str]]:
     """The paper's hyper-parameters, where they are not the defaults, on its tasks."""
     script, _, chosen = objective.partition(" ")
     flags = f"{chosen} --num-envs 1 --num-steps 2048 {flags}".strip()
     flags += " --no-clip-vloss" if script == "ppo_continuous.py" else ""
-    return [(script, f"{task}-v5", seeds, flags) for task in PAPER_TASKS]
+    return [(script, f"{task}-v5", seeds, flags) for task in tasks]
 
 
 CLEANRL_SCRIPT = "cleanrl/ppo_continuous_action.py"
@@ -130,6 +130,14 @@ STUDIES = (
         f"paper/{name}": paper_study(objective, "--total-timesteps 1000000 --no-anneal-lr", 3)
         for name, objective in PAPER_OBJECTIVES.items()
     }
+    | {
+        "unclipped": paper_study(  # beside the same runs of paper/none
+            PAPER_OBJECTIVES["none"],
+            "--total-timesteps 1000000 --no-anneal-lr",
+            1,
+            ("unclipped:UnclippedHalfCheetah", "unclipped:UnclippedReacher"),
+        )
+    }
 )
 
 
@@ -144,7 +152,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.env_id.replace('/', '-')}__{Path(self.script).stem}__{self.seed}"
+        return f"{re.sub('[/:]', '-', self.env_id)}__{Path(self.script).stem}__{self.seed}"
 
     @property
     def result(self) -> Path:
@@ -168,10 +176,11 @@ def execute(run: Run, threads: int, baseline: str, cleanrl: Path) -> str | None:
         run_dir.mkdir(parents=True)
         launcher, folder, words = [baseline], run_dir, [cleanrl / run.script, *shlex.split(arguments)[1:]]
     print(command, flush=True)
+    surroundings = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     process = subprocess.run(
         [*launcher, *words],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"},
+        env=os.environ | surroundings | {"PYTHONPATH": str(ROOT / "benchmark")},  # of unclipped.py
         capture_output=True,
         text=True,
     )
