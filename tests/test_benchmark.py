@@ -5,8 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,6 +181,22 @@ def test_the_tables_of_readme(project):
     assert cells[:4] == ["Hopper-v5", "`ppo_continuous.py`", "0.001M", "defaults"]
     assert cells[4:] == ["300, 320, 340", "320 ± 20", "2383 ± 272", "2316"]
     assert objectives.splitlines()[3:] == ["| none | 0.00 |  | -0.39 |", "| clip-0.2 | 1.00 |  | 0.82 |"]
+
+
+def test_tasks_that_charge_for_actions_as_they_are():
+    """The forces are the same, since the simulator limits them; the costs are 0.1 times the squares."""
+    rewards, states = [], []
+    for size in (1.0, 3.0):
+        with closing(gym.make("unclipped:UnclippedHalfCheetah-v5")) as env:
+            env.reset(seed=1)
+            state, reward, *_ = env.step(np.full(6, size, dtype=np.float32))
+            assert (env.action_space.low == -np.inf).all() and (env.action_space.high == np.inf).all()
+        rewards.append(reward)
+        states.append(state)
+    np.testing.assert_array_equal(*states)
+    assert rewards[0] - rewards[1] == pytest.approx(0.1 * 6 * (3.0**2 - 1.0**2))
+    run = runner.Run("unclipped", "ppo_kl_penalty.py", "unclipped:UnclippedReacher-v5", 1, "")
+    assert run.result.name == "unclipped-UnclippedReacher-v5__ppo_kl_penalty__1.json"
 
 
 def test_the_model_of_scaling():
