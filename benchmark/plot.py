@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import speed
 from matplotlib.ticker import EngFormatter
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -234,6 +235,10 @@ def main() -> None:
     readme = fill(README.read_text(), "results", results())
     if (RESULTS / "paper" / "random").exists():
         readme = fill(readme, "objectives", paper(RESULTS / "paper"))
+    if (RESULTS / "speed" / "speed.json").exists():
+        readme = fill(
+            readme, "speed", speed.summarize(json.loads((RESULTS / "speed" / "speed.json").read_text()))
+        )
     README.write_text(readme)
     if (RESULTS / "cleanrl").exists():
         cleanrl(RESULTS / "cleanrl")

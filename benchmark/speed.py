@@ -115,16 +115,36 @@ def sweep(words: dict, environment: dict[str, str]) -> dict[str, dict[int, dict[
     return rows
 
 
+def ratio(sides: dict, side: str) -> float:
+    """Median of the ratios to CleanRL in the same rounds."""
+    rates = (sides[one]["steps_per_second"] for one in (side, "CleanRL"))
+    return statistics.median(ours / theirs for ours, theirs in zip(*rates, strict=True))
+
+
+def summarize(report: dict) -> list[str]:
+    """README's table: medians of steps per second, and ratios to CleanRL."""
+    contests = report["contests"]
+    rows = [f"| | {' | '.join(contests)} |", "|---" * (1 + len(contests)) + "|"]
+    for side in dict.fromkeys(side for sides in contests.values() for side in sides):
+        cells = [
+            f"{statistics.median(sides[side]['steps_per_second']):.0f} ({ratio(sides, side):.1f}×)"
+            if side in sides
+            else "–"
+            for sides in contests.values()
+        ]
+        rows.append(f"| {side} | {' | '.join(cells)} |")
+    return rows
+
+
 def tabulate(report: dict) -> str:
     rows = ["| contest | side | steps/s: median (all) | ratio to CleanRL: median | peak memory, MB |"]
     rows.append("|---|---|---|---|---|")
     for contest, sides in report["contests"].items():
-        base = sides["CleanRL"]["steps_per_second"]
         for side, one in sides.items():
             rates = one["steps_per_second"]
-            ratio = statistics.median(x / y for x, y in zip(rates, base, strict=True))
             speed = f"{statistics.median(rates):.0f} ({', '.join(f'{rate:.0f}' for rate in rates)})"
-            rows.append(f"| {contest} | {side} | {speed} | {ratio:.2f} | {max(one['peak_megabytes'])} |")
+            cells = (contest, side, speed, f"{ratio(sides, side):.2f}", str(max(one["peak_megabytes"])))
+            rows.append(f"| {' | '.join(cells)} |")
     rows += [
         "",
         "| environment | N | steps/s | simulator, acting, update: µs per step |",

@@ -1,5 +1,6 @@
 """What README says: its commands work, its links lead somewhere, its scores are those of the results."""
 
+import json
 import re
 import shlex
 import shutil
@@ -77,7 +78,9 @@ def test_every_metric_is_explained(tmp_path):
 def test_tables_are_those_of_the_results(tmp_path):
     """As benchmark/plot.py makes them."""
     shutil.copytree(plot.RESULTS / "paper", tmp_path / "paper")
-    for name, table in (("results", plot.results()), ("objectives", plot.paper(tmp_path / "paper"))):
+    measured = json.loads((plot.RESULTS / "speed" / "speed.json").read_text())
+    objectives, contests = plot.paper(tmp_path / "paper"), plot.speed.summarize(measured)
+    for name, table in {"results": plot.results(), "objectives": objectives, "speed": contests}.items():
         assert len(table) > 3
         assert plot.fill(README, name, table) == README
         assert plot.fill(README, name, ["| another |"]) != README
