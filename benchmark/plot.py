@@ -235,10 +235,9 @@ def main() -> None:
     readme = fill(README.read_text(), "results", results())
     if (RESULTS / "paper" / "random").exists():
         readme = fill(readme, "objectives", paper(RESULTS / "paper"))
-    if (RESULTS / "speed" / "speed.json").exists():
-        readme = fill(
-            readme, "speed", speed.summarize(json.loads((RESULTS / "speed" / "speed.json").read_text()))
-        )
+    measured = RESULTS / "speed" / "speed.json"
+    if measured.exists():
+        readme = fill(readme, "speed", speed.summarize(json.loads(measured.read_text())))
     README.write_text(readme)
     if (RESULTS / "cleanrl").exists():
         cleanrl(RESULTS / "cleanrl")
