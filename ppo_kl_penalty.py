@@ -31,6 +31,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections import Counter, deque
@@ -548,7 +549,8 @@ def evaluate_checkpoint(args: Args) -> None:
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     videos = run_dir / "videos" / f"{path.stem}-{slug(args.env_id)}" if args.capture_video else None
     actions = "likeliest" if args.deterministic else "sampled"
-    print(f"{path}, step {step:,}, on {args.env_id}, {actions} actions", flush=True)
+    recorded = f", recorded in {videos.parent}" if videos else ""
+    print(f"{path}, step {step:,}, on {args.env_id}, {actions} actions{recorded}", flush=True)
     try:
         episodes = evaluate(agent, args, videos)
     except Exception as error:  # no display, no ffmpeg, no EGL: each simulator has its own
@@ -683,7 +685,7 @@ def fitting(path: Path, what: str) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
 
 def slug(name: str) -> str:
@@ -743,8 +745,8 @@ class Logger:
         try:
             self.dir.mkdir(parents=True, exist_ok=args.resume)
         except OSError as error:
-            message = f"{self.dir}: {error.strerror}; only --resume goes on with a run that exists"
-            raise ArgumentError(f"--run-name {self.dir.name}: {message}") from None
+            hint = "; --resume goes on with it" if isinstance(error, FileExistsError) else ""
+            raise ArgumentError(f"--run-name {self.dir.name}: {self.dir}: {error.strerror}{hint}") from None
         state = state or {"step": 0, "seconds": 0.0, "returns": [], "best": [0, -math.inf]}
         self.step, self.start, self.best = state["step"], time.monotonic() - state["seconds"], state["best"]
         self.returns: deque[float] = deque(state["returns"], maxlen=100)  # of the last episodes
@@ -756,12 +758,14 @@ class Logger:
             self.wandb = init_wandb(args, self.dir) if args.track else None
         except Exception as error:  # no network, or the project has a run of this name
             tqdm.write(f"training goes on without W&B: {one_line(error)}")
-        self.status, self.printed = "no steps taken; --total-timesteps says how many", time.monotonic()
+        self.status, self.printed = "", time.monotonic()
         self.times, self.profile = Counter(), []  # seconds in this iteration, microseconds per step in each
         since = f" from step {self.step:,} on" if self.step else ""
         print(f"training on {args.env_id}{since}, written to {self.dir}", flush=True)
         total = args.num_iterations * args.batch_size
-        if args.compile and self.step < total:
+        if self.step >= total:
+            self.status = f"all {total:,} steps are done; a higher --total-timesteps goes on"
+        elif args.compile:
             print("compiling: the first steps take up to a minute, seconds with a warm cache", flush=True)
         steps = {"total": total, "initial": self.step, "unit": " steps"}
         self.bar = tqdm(**steps, unit_scale=True, file=sys.stdout, disable=None)  # no pipe

@@ -410,7 +410,8 @@ def test_more_steps(stopped, copied, command):
 def test_a_finished_run_stays_finished(stopped, copied, command):
     assert command(stopped.script, "--run-name", "run", "--resume").status == 0
     before, rows = last(copied), (copied / "runs" / "run" / "episodes.csv").read_bytes()
-    assert command(stopped.script, "--run-name", "run", "--resume").status == 0
+    again = command(stopped.script, "--run-name", "run", "--resume")
+    assert again.status == 0 and "steps are done; a higher --total-timesteps goes on" in again.out
     assert same(last(copied)["agent"], before["agent"]) and last(copied)["iteration"] == ITERATIONS
     assert (copied / "runs" / "run" / "episodes.csv").read_bytes() == rows
 

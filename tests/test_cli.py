@@ -201,13 +201,14 @@ def test_existing_run(refuse, tmp_path, script, env_id):
     old.parent.mkdir(parents=True)
     old.write_text("of an older run")
     message = refuse(script, "--env-id", env_id, "--run-name", "first", "--device", "cpu")
-    assert "--run-name first" in message
+    assert "--run-name first" in message and "--resume" in message
     assert old.read_text() == "of an older run"
 
 
 def test_folder_that_cannot_be_made(refuse, tmp_path):
     (tmp_path / "runs").write_text("a file")
-    assert "--run-name first" in refuse(ppo_kl_penalty, "--run-name", "first")
+    message = refuse(ppo_kl_penalty, "--run-name", "first")
+    assert "--run-name first" in message and "--resume" not in message
 
 
 PARSE_ERRORS = [

@@ -573,6 +573,7 @@ def test_videos_of_an_evaluation(script, trained, command):
         before = set((trained / "videos").glob("*"))
         status, out, err = command(script, "--evaluate", f"runs/test/checkpoints/{name}.pt", *argv)
         assert (status, err, len(out.splitlines())) == (0, "", 3)
+        assert out.splitlines()[0].endswith("actions, recorded in runs/test/videos")
         check_table(out, report_of(trained), episodes=count)
         written = sorted(set((trained / "videos").iterdir()) - before)
         assert [path.name for path in written] == [f"{name}-{prefix}-episode-{i}.mp4" for i in range(count)]
