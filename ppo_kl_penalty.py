@@ -669,7 +669,7 @@ def checkpoint_to_resume(args: Args) -> dict | None:
 
 def restore(checkpoint: dict, args: Args, **parts) -> None:
     """The state of everything that has one, and of the random numbers."""
-    with fitting(Path("runs", args.run_name), args.env_id):
+    with fitting(Path("runs", args.run_name, "checkpoints", "last.pt"), args.env_id):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])

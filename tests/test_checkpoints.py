@@ -781,7 +781,7 @@ BROKEN = {
     "loop": loop,
     "other script": lambda path: changed(path, script="ppo_other"),
     "other sizes": of_other_sizes,
-    "newer format": lambda path: changed(path, format=3),
+    "newer format": lambda path: changed(path, format=4),
     "unknown argument": with_args(no_such_argument=1),
     "argument out of range": with_args(num_envs=-1),
     "argument of another type": with_args(gamma="high"),
