@@ -121,16 +121,8 @@ def results() -> list[str]:
             finals = np.array([run["final_mean_return"] for run in group])
             steps = f"{group[0]['args']['total_timesteps'] / 1e6:.2g}M"
             each, mean = per_seed(finals, digits=0 if abs(finals).max() >= 100 else 1)
-            cells = [
-                env_id,
-                f"`{script}`",
-                steps,
-                arguments,
-                each,
-                mean,
-                *(text or "–" for text in published),
-            ]
-            rows.append(f"| {' | '.join(cells)} |")
+            others = [text or "–" for text in published]
+            rows.append(f"| {' | '.join((env_id, f'`{script}`', steps, arguments, each, mean, *others))} |")
     return rows
 
 

@@ -177,10 +177,11 @@ def execute(run: Run, threads: int, baseline: str, cleanrl: Path) -> str | None:
         launcher, folder, words = [baseline], run_dir, [cleanrl / run.script, *shlex.split(arguments)[1:]]
     print(command, flush=True)
     surroundings = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+    surroundings["PYTHONPATH"] = str(ROOT / "benchmark")  # of unclipped.py
     process = subprocess.run(
         [*launcher, *words],
         cwd=folder,
-        env=os.environ | surroundings | {"PYTHONPATH": str(ROOT / "benchmark")},  # of unclipped.py
+        env=os.environ | surroundings,
         capture_output=True,
         text=True,
     )
