@@ -132,8 +132,8 @@ def fill(text: str, name: str, lines: list[str]) -> str:
     return marks.sub(lambda found: "\n".join([found[1], *lines, "", found[2]]), text)
 
 
-def cleanrl(folder: Path) -> None:
-    """CleanRL's runs beside ours of the same tasks, and how much better ours are."""
+def cleanrl(folder: Path) -> list[str]:
+    """CleanRL's runs beside ours of the same tasks, and how much better ours are: README's table."""
     ours, theirs = load(RESULTS / "mujoco"), load(folder)
     rows = ["| task | ours, v5 (seeds) | CleanRL, v4 (seeds) | difference | 95 % |", "|---|---|---|---|---|"]
     runs = {}
@@ -153,6 +153,7 @@ def cleanrl(folder: Path) -> None:
             rows.append(f"| {task} | {' | '.join(cells)} |")
     plot(folder, runs)
     (folder / "table.md").write_text("\n".join(rows) + "\n")
+    return rows
 
 
 # [PPO] Table 1, by the folders of results/paper/
@@ -227,12 +228,12 @@ def main() -> None:
     readme = fill(README.read_text(), "results", results())
     if (RESULTS / "paper" / "random").exists():
         readme = fill(readme, "objectives", paper(RESULTS / "paper"))
+    if (RESULTS / "cleanrl").exists():
+        readme = fill(readme, "cleanrl", cleanrl(RESULTS / "cleanrl"))
     measured = RESULTS / "speed" / "speed.json"
     if measured.exists():
         readme = fill(readme, "speed", speed.summarize(json.loads(measured.read_text())))
     README.write_text(readme)
-    if (RESULTS / "cleanrl").exists():
-        cleanrl(RESULTS / "cleanrl")
     others = [path for path in RESULTS.iterdir() if path.is_dir() and path.name not in ("paper", "cleanrl")]
     for study in sorted(others):
         if runs := load(study):

@@ -91,8 +91,9 @@ STUDIES = (
             ),
         ],
         "eager": [  # beside the same runs of `mujoco`
-            ("ppo_continuous.py", f"{task}-v5", 3, "--no-compile") for task in ("HalfCheetah", "Hopper")
+            ("ppo_continuous.py", f"{task}-v5", 5, "--no-compile") for task in ("HalfCheetah", "Hopper")
         ],
+        "atari": [("ppo_atari.py", f"{game}NoFrameskip-v4", 3, "") for game in ("Breakout", "Pong")],
     }
     | {
         f"pong/{name}": [
