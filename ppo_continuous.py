@@ -1019,6 +1019,7 @@ def train(args: Args) -> float:
         fast_act, fast_gradient = accelerate(args, agent, device)
         if checkpoint:
             restore(checkpoint, args, agent=agent, optimizer=optimizer, envs=envs)
+        require(len({*gather([iteration])}) == 1, "some processes see an older checkpoint; try again")
         if rank() > 0:  # the same agent, but other actions and minibatches
             torch.manual_seed(int(np.random.default_rng([args.seed, iteration, rank()]).integers(2**63)))
         with (

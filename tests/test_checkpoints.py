@@ -465,6 +465,15 @@ def test_fewer_steps_are_refused(stopped, copied, command):
     assert contents(copied) == before
 
 
+def test_processes_that_see_another_checkpoint_stop(stopped, copied, command, monkeypatch):
+    """On a disk of several machines that shows what was there some seconds ago."""
+    before = contents(copied)
+    monkeypatch.setattr(stopped.script, "gather", lambda items: [*items, STOPPED - 1])
+    message = one_error(command(stopped.script, "--run-name", "run", "--resume"))
+    assert message == "error: some processes see an older checkpoint; try again\n"
+    assert contents(copied) == before
+
+
 def test_what_does_not_matter_may_change(stopped, copied, command, monkeypatch):
     stop_at_rollout(monkeypatch, stopped.script)
     free = [
