@@ -135,7 +135,7 @@ STUDIES = (
         "unclipped": paper_study(  # beside the same runs of paper/none
             PAPER_OBJECTIVES["none"],
             "--total-timesteps 1000000 --no-anneal-lr",
-            1,
+            3,
             ("unclipped:UnclippedHalfCheetah", "unclipped:UnclippedReacher"),
         )
     }
