@@ -77,10 +77,12 @@ def test_every_metric_is_explained(tmp_path):
 
 def test_tables_are_those_of_the_results(tmp_path):
     """As benchmark/plot.py makes them."""
-    shutil.copytree(plot.RESULTS / "paper", tmp_path / "paper")
+    for study in ("paper", "cleanrl"):
+        shutil.copytree(plot.RESULTS / study, tmp_path / study)
     measured = json.loads((plot.RESULTS / "speed" / "speed.json").read_text())
-    objectives, contests = plot.paper(tmp_path / "paper"), plot.speed.summarize(measured)
-    for name, table in {"results": plot.results(), "objectives": objectives, "speed": contests}.items():
+    tables = {"results": plot.results(), "speed": plot.speed.summarize(measured)}
+    tables |= {"objectives": plot.paper(tmp_path / "paper"), "cleanrl": plot.cleanrl(tmp_path / "cleanrl")}
+    for name, table in tables.items():
         assert len(table) > 3
         assert plot.fill(README, name, table) == README
         assert plot.fill(README, name, ["| another |"]) != README
