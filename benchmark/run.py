@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
 
 MUJOCO_TASKS = "HalfCheetah Hopper Walker2d Swimmer InvertedDoublePendulum Ant Humanoid".split()
+SEEDS = {"HalfCheetah": 10}  # instead of 5: some seeds end twice as high as others
 
 # [PPO] Table 1: its seven tasks, and its eleven objectives, the most telling ones first
 PAPER_TASKS = "HalfCheetah Hopper InvertedDoublePendulum InvertedPendulum Reacher Swimmer Walker2d".split()
@@ -61,7 +62,7 @@ PONG_RECIPE = "--num-envs 16 --learning-rate 5e-4 --num-minibatches 16 --no-clip
 # study: (script, environment, number of seeds, flags, and processes of torchrun where there are several)
 STUDIES = (
     {
-        "mujoco": [("ppo_continuous.py", f"{task}-v5", 5, "") for task in MUJOCO_TASKS]
+        "mujoco": [("ppo_continuous.py", f"{task}-v5", SEEDS.get(task, 5), "") for task in MUJOCO_TASKS]
         + [("ppo_kl_penalty.py", "Hopper-v5", 3, "--total-timesteps 1000000")],
         "cleanrl": [  # cannot resume; beside `mujoco`
             (CLEANRL_SCRIPT, f"{task}-v4", 5, "--total-timesteps 1000000 --no-cuda")
@@ -91,7 +92,8 @@ STUDIES = (
             ),
         ],
         "eager": [  # beside the same runs of `mujoco`
-            ("ppo_continuous.py", f"{task}-v5", 5, "--no-compile") for task in ("HalfCheetah", "Hopper")
+            ("ppo_continuous.py", f"{task}-v5", SEEDS.get(task, 5), "--no-compile")
+            for task in ("HalfCheetah", "Hopper")
         ],
         "atari": [("ppo_atari.py", f"{game}NoFrameskip-v4", 3, "") for game in ("Breakout", "Pong")],
     }
