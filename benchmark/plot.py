@@ -48,7 +48,8 @@ BESIDE = {"eager": ("mujoco", "compiled"), "interrupted": ("mujoco", "left alone
 def load(study: Path) -> dict[tuple[str, str], list[dict]]:
     """The runs of a study by environment and script (and subfolder), in order of seeds."""
     runs = defaultdict(list)
-    for path in sorted(study.rglob("*__*.json")):  # ENV__SCRIPT__SEED
+    paths = study.rglob("*__*.json")  # ENV__SCRIPT__SEED, seed 10 after 9
+    for path in sorted(paths, key=lambda path: (len(path.name), path)):
         run = json.loads(path.read_text())
         part = f", {path.parent.name}" if path.parent != study else ""
         runs[run["args"]["env_id"], run["script"] + part].append(run)
