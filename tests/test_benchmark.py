@@ -117,9 +117,7 @@ def test_the_difference_to_cleanrl(project):
     results = project / "benchmark" / "results"
     curve = {"curve": [[1, 0.0], [1000, 1.0]]}
     write_runs(results / "mujoco", "Hopper-v5", "ppo_continuous.py", [300.0, 320.0, 340.0], **curve)
-    write_runs(
-        results / "mujoco", "Ant-v5", "ppo_continuous.py", [float(seed) for seed in range(1, 11)], **curve
-    )
+    write_runs(results / "mujoco", "Ant-v5", "ppo_continuous.py", [*range(1, 11)], **curve)
     write_runs(results / "cleanrl", "Hopper-v4", "CleanRL", [200.0, 210.0, 220.0], **curve)
     plot.main()
     *_, row = (results / "cleanrl" / "table.md").read_text().splitlines()
