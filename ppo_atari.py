@@ -68,7 +68,7 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run that is resumed may change; all arguments of Args itself make it another run."""
+    """What may change when a run is resumed; the arguments of Args itself may not: they define the run."""
 
     run_name: str | None = None  # the run is written to runs/RUN_NAME; default ENV_ID__EXP_NAME__SEED__TIME
     resume: bool = False  # go on with runs/RUN_NAME from its last checkpoint, or start it where there is none
@@ -250,10 +250,8 @@ def game_options(env_id: str) -> dict[str, object]:
         raise ArgumentError(f"--env-id {env_id}: {str(error).rstrip('.')}; {form}") from None
     others = "ppo_continuous.py for Box actions or ppo_kl_penalty.py for Discrete ones"
     require("game" in options, f"--env-id {env_id} is not an Atari game, use {others}")
-    frameskip = options.pop("frameskip")
-    if deterministic:
-        frameskip = 3 if options["game"] == "space_invaders" else 4  # its shots blink every 4 frames
-    return options | {"frameskip": frameskip if frameskip in (3, 4) else 4}
+    blinks = deterministic and options["game"] == "space_invaders"  # its shots, every 4 frames
+    return options | {"frameskip": 3 if blinks else 4}
 
 
 def show(envs: gym.vector.VectorEnv, args: Args, videos: Path | None) -> gym.vector.VectorEnv:
@@ -410,19 +408,15 @@ def minibatch_loss(agent: Agent, minibatch: list[Tensor], args: Args) -> tuple[T
 def minibatch_gradient(
     agent: Agent, batch: list[Tensor], rows: Tensor, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of the loss of some rows of the batch: one vector for all parameters, no longer than max_grad_norm."""
+    """Gradient of the loss of some rows of the batch, as one vector no longer than max_grad_norm."""
     loss, metrics = minibatch_loss(agent, [x[rows] for x in batch], args)
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
-    gradient, metrics["losses/grad_norm"] = shorten(gradient, args.max_grad_norm)
+    metrics["losses/grad_norm"] = norm = gradient.norm()
+    gradient = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as nn.utils.clip_grad_norm_
     return gradient, {name: metric.detach() for name, metric in metrics.items()}
 
 
-def shorten(gradient: Tensor, max_grad_norm: float) -> tuple[Tensor, Tensor]:  # also its norm
-    norm = gradient.norm()
-    return gradient * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0), norm
-
-
-def normalize(advantages: Tensor) -> Tensor:  # (K, M) of K minibatches, to mean 0 and deviation 1 in each
+def standardize(advantages: Tensor) -> Tensor:  # (K, M) of K minibatches, to mean 0 and deviation 1 in each
     mean, variance = moments(advantages, dim=1)
     number = advantages.shape[1] * world_size()
     return (advantages - mean) / ((variance * number / (number - 1)).sqrt() + 1e-8)  # no 0 / 0
@@ -433,26 +427,25 @@ def update(
 ) -> dict[str, float]:
     """Learn from one rollout in epochs of minibatches; returns what to log, averaged over all of them."""
     advantages, returns = compute_gae(*rollout[3:], args.gamma, args.gae_lambda)  # from the rewards on
-    obs, actions, logprobs, _, values, *_ = rollout
-    batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, values, advantages, returns)]
-    advantages = batch[-2]
+    learned_from = (*rollout[:3], rollout.values, advantages, returns)  # (T, N, …) each, (B, …) from here on
+    obs, _, _, values, advantages, returns = batch = [x.flatten(0, 1) for x in learned_from]
     (parameters,), history = optimizer.param_groups[0]["params"], []
-    own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # average first
+    own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # clipped once averaged
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(batch[0])).to(obs.device).view(args.num_minibatches, -1)
+        order = torch.randperm(len(obs)).to(obs.device).view(args.num_minibatches, -1)
         if args.norm_adv:
-            batch[-2] = advantages.index_put((order,), normalize(advantages[order]))
+            batch[-2] = advantages.index_put((order,), standardize(advantages[order]))
         for rows in order:
             parameters.grad, metrics = gradient(agent, batch, rows, own_args)
             if world_size() > 1:
-                parameters.grad, norm = shorten(average(parameters.grad), args.max_grad_norm)
-                metrics["losses/grad_norm"] = norm
+                average(parameters.grad)
+                metrics["losses/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             history.append(torch.stack(list(metrics.values())))
         if args.target_kl is not None and average(metrics["losses/approx_kl"]) > args.target_kl:
             break
     means = dict(zip(metrics, average(torch.stack(history).mean(0)).tolist(), strict=True))
-    errors, spread = (moments(x.flatten(), dim=0)[1] for x in (returns - values, returns))
+    errors, spread = (moments(x, dim=0)[1] for x in (returns - values, returns))
     means["losses/explained_variance"] = (1.0 - errors / spread.clamp(min=1e-8)).item()
     return means | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
 
@@ -461,14 +454,13 @@ def update(
 def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple[float, int]]:
     """Return (unscaled) and length of --eval-episodes episodes, without a trace in the training's randomness.
 
-    They are the first ones of each environment: the first ones of all to end would be the short ones.
+    They are the first ones of each environment: whichever end first would mostly be short ones.
     """
     screens = {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
     if args.render and sys.platform == "linux" and not screens & os.environ.keys():
         raise OSError("there is no display")  # SDL would draw where nobody sees it
     num_envs = 1 if videos or args.render else min(args.eval_episodes, args.num_envs)
     episodes, device = [[] for _ in range(num_envs)], next(agent.parameters()).device
-    counts = [len(range(i, args.eval_episodes, num_envs)) for i in range(num_envs)]  # of each environment
     with (
         closing(Envs(args, num_envs, [args.seed, 0, 1], training=False, videos=videos)) as envs,
         torch.random.fork_rng([]),
@@ -478,7 +470,7 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
         stack.callback(np.random.set_state, np.random.get_state())
         torch.manual_seed(args.seed)
         obs = envs.reset()
-        while any(len(played) < count for played, count in zip(episodes, counts, strict=True)):
+        while any(len(episodes[i % num_envs]) <= i // num_envs for i in range(args.eval_episodes)):
             policy, _ = agent(torch.from_numpy(obs).to(device))
             actions = policy.mode if args.deterministic else agent.sample(policy, agent.noise(num_envs))
             obs = envs.step(actions.cpu().numpy()).obs
@@ -492,7 +484,7 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
 def evaluate_checkpoint(args: Args) -> None:
     """Prints a table, and writes it with every episode to eval.json beside the checkpoint."""
     path = checkpoint_path(args)
-    checkpoint, device = load_checkpoint(path), set_up(args)
+    checkpoint, device = load_checkpoint(path), prepare(args)
     with closing(Envs(replace(args, render=False), 1, args.seed, training=False)) as envs:
         agent = make_agent(args, envs, device)
     with fitting(path, args.env_id):
@@ -544,7 +536,7 @@ class Checkpoints:
 
     def save(self, iteration: int) -> None:
         self.logger.flush()  # so that nothing older than the checkpoint can be missing
-        self.close()
+        self.close()  # writes best.pt
         self.write("last.pt", self.state(iteration))
         self.saved = time.monotonic()
 
@@ -605,7 +597,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def checkpoint_to_resume(args: Args) -> dict | None:
-    """None where the run begins; refuses arguments that would make it another run."""
+    """The checkpoint to resume, None for a new run; refuses arguments that would make it another run."""
     path = checkpoint_path(args)
     if path is None:
         return None
@@ -620,7 +612,7 @@ def checkpoint_to_resume(args: Args) -> dict | None:
 
 
 def restore(checkpoint: dict, args: Args, **parts) -> None:
-    """The state of everything that has one, and of the random numbers."""
+    """Loads the state of all parts, and that of the random numbers."""
     with fitting(Path("runs", args.run_name, "checkpoints", "last.pt"), args.env_id):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
@@ -629,7 +621,7 @@ def restore(checkpoint: dict, args: Args, **parts) -> None:
 
 @contextmanager
 def fitting(path: Path, what: str) -> Iterator[None]:
-    """Turns whatever the unexpected content of a checkpoint provokes into one line."""
+    """Turns any error that comes from what a checkpoint contains into one line."""
     try:
         yield
     except Exception as error:
@@ -732,11 +724,9 @@ class Logger:
         return sum(self.returns) / len(self.returns) if self.returns else math.nan
 
     def is_best(self) -> bool:
-        """Is the mean return better than ever; that of fewer than 100 episodes gives way to that of more."""
-        score = [len(self.returns), self.mean_return()]
-        better = score > self.best
-        self.best = max(score, self.best)
-        return better
+        """Is the mean return the best so far? That of more episodes (up to 100) beats that of fewer."""
+        before, self.best = self.best, max(self.best, [len(self.returns), self.mean_return()])
+        return self.best is not before
 
     def solved(self, target_return: float | None) -> bool:
         return target_return is not None and len(self.returns) == 100 and self.mean_return() >= target_return
@@ -850,7 +840,7 @@ def moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def process_group(args: Args) -> Iterator[Args]:
-    """Joins the processes of torchrun, if any: the first one writes and prints, the others into the void."""
+    """Joins the processes of torchrun, if any: what all but the first one write and print is thrown away."""
     with ExitStack() as stack:
         if world_size() > 1:
             store, *_ = next(distributed.rendezvous("env://"))
@@ -907,8 +897,8 @@ def init_wandb(args: Args, run_dir: Path):
     return wandb.init(**identity, **where, config=asdict(args), save_code=True, mode=mode)
 
 
-def set_up(args: Args, iteration: int = 0) -> torch.device:
-    """The device; prepares torch for it, and everybody's random numbers."""
+def prepare(args: Args, iteration: int = 0) -> torch.device:
+    """Returns the device; prepares torch for it, and seeds everybody's random numbers."""
     auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     name = auto if args.device == "auto" else args.device
     known = re.fullmatch(r"cpu|(cuda|mps)(:\d+)?", name)
@@ -980,7 +970,7 @@ def train(args: Args) -> float:
     """[PPO] algorithm 1; returns the mean return of the last 100 episodes."""
     checkpoint = checkpoint_to_resume(args)
     iteration = checkpoint["iteration"] if checkpoint else 0
-    device = set_up(args, iteration)
+    device = prepare(args, iteration)
     with (
         process_group(args) as args,
         closing(Envs(args, args.num_envs // world_size(), [args.seed, iteration])) as envs,

@@ -65,7 +65,7 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run that is resumed may change; all arguments of Args itself make it another run."""
+    """What may change when a run is resumed; the arguments of Args itself may not: they define the run."""
 
     run_name: str | None = None  # the run is written to runs/RUN_NAME; default ENV_ID__EXP_NAME__SEED__TIME
     resume: bool = False  # go on with runs/RUN_NAME from its last checkpoint, or start it where there is none
@@ -215,8 +215,7 @@ class Envs:
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
         self.close = self.envs.close
-        fits = isinstance(self.action_space, Box | Discrete) and isinstance(self.observation_space, Box)
-        if not fits:
+        if not (isinstance(self.action_space, Box | Discrete) and isinstance(self.observation_space, Box)):
             self.close()
             kinds = " actions, ".join(type(s).__name__ for s in (self.action_space, self.observation_space))
             raise ArgumentError(f"--env-id {args.env_id}: {kinds} observations; no script here handles them")
@@ -367,14 +366,14 @@ def numpy_act(agent: Agent) -> Callable:
 def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int, act=act) -> tuple[Rollout, Tensor]:
     """Act `num_steps` times in every environment, from `obs` (N, *obs) on; also returns where it got to."""
     device = obs.device
-    acted, followed, cut = [], [], {}
+    acted, followed, cut_values = [], [], {}
     for t, noise in enumerate(agent.noise(num_steps, len(obs))):
         actions = act(agent, obs, noise)
         acted.append((obs, actions))
         step = envs.step(actions.cpu().numpy())
         followed.append((step.rewards, step.terminations, step.dones))
         if step.final_obs is not None:
-            cut[t] = torch.from_numpy(step.final_obs).to(device)
+            cut_values[t] = agent.value(torch.from_numpy(step.final_obs).to(device))
         obs = torch.from_numpy(step.obs).to(device)
     outcome = np.array(followed, dtype=np.float32)  # (T, 3, N)
     outcome[:, 0] = envs.scale(outcome[:, 0], outcome[:, 2])
@@ -384,8 +383,8 @@ def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int, act=a
     logprobs = policy.log_prob(all_actions.flatten(0, 1)).view_as(rewards)
     values = values.view_as(rewards)
     next_values = torch.cat([values[1:], agent.value(obs)[None]])
-    for t, final_obs in cut.items():  # a time limit is not the end of the task, [TIME]
-        next_values[t] = torch.where(dones[t] > terminations[t], agent.value(final_obs), next_values[t])
+    for t, final_values in cut_values.items():  # a time limit is not the end of the task, [TIME]
+        next_values[t] = torch.where(dones[t] > terminations[t], final_values, next_values[t])
     return Rollout(all_obs, all_actions, logprobs, rewards, values, next_values, terminations, dones), obs
 
 
@@ -449,19 +448,15 @@ def minibatch_loss(
 def minibatch_gradient(
     agent: Agent, batch: list[Tensor], rows: Tensor, old_policy: Distribution, kl_coef: Tensor, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of the loss of some rows of the batch: one vector for all parameters, no longer than max_grad_norm."""
+    """Gradient of the loss of some rows of the batch, as one vector no longer than max_grad_norm."""
     loss, metrics = minibatch_loss(agent, [x[rows] for x in batch], rows_of(old_policy, rows), kl_coef, args)
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
-    gradient, metrics["losses/grad_norm"] = shorten(gradient, args.max_grad_norm)
+    metrics["losses/grad_norm"] = norm = gradient.norm()
+    gradient = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as nn.utils.clip_grad_norm_
     return gradient, {name: metric.detach() for name, metric in metrics.items()}
 
 
-def shorten(gradient: Tensor, max_grad_norm: float) -> tuple[Tensor, Tensor]:  # also its norm
-    norm = gradient.norm()
-    return gradient * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0), norm
-
-
-def normalize(advantages: Tensor) -> Tensor:  # (K, M) of K minibatches, to mean 0 and deviation 1 in each
+def standardize(advantages: Tensor) -> Tensor:  # (K, M) of K minibatches, to mean 0 and deviation 1 in each
     mean, variance = moments(advantages, dim=1)
     number = advantages.shape[1] * world_size()
     return (advantages - mean) / ((variance * number / (number - 1)).sqrt() + 1e-8)  # no 0 / 0
@@ -472,51 +467,49 @@ def update(
 ) -> dict[str, float]:
     """Learn from one rollout in epochs of minibatches; returns what to log, averaged over all of them."""
     advantages, returns = compute_gae(*rollout[3:], args.gamma, args.gae_lambda)  # from the rewards on
-    obs, actions, logprobs, _, values, *_ = rollout
-    batch = [x.flatten(0, 1) for x in (obs, actions, logprobs, advantages, returns)]
-    advantages = batch[-2]
+    learned_from = (*rollout[:3], advantages, returns)  # (T, N, …) each, (B, …) from here on
+    obs, _, _, advantages, returns = batch = [x.flatten(0, 1) for x in learned_from]
     with torch.no_grad():
-        old_policy, _ = agent(batch[0])
+        old_policy, _ = agent(obs)
     group = optimizer.param_groups[0]  # β is kept beside the learning rate, and saved with it
     kl_coef = group.setdefault("kl_coef", args.kl_coef)
     beta = torch.tensor(kl_coef, device=obs.device)
     (parameters,), history = group["params"], []
-    own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # average first
+    own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # clipped once averaged
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(batch[0])).to(obs.device).view(args.num_minibatches, -1)
+        order = torch.randperm(len(obs)).to(obs.device).view(args.num_minibatches, -1)
         if args.norm_adv:
-            batch[-2] = advantages.index_put((order,), normalize(advantages[order]))
+            batch[-2] = advantages.index_put((order,), standardize(advantages[order]))
         for rows in order:
             parameters.grad, metrics = gradient(agent, batch, rows, old_policy, beta, own_args)
             if world_size() > 1:
-                parameters.grad, norm = shorten(average(parameters.grad), args.max_grad_norm)
-                metrics["losses/grad_norm"] = norm
+                average(parameters.grad)
+                metrics["losses/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             if agent.log_std is not None:
                 agent.log_std.data.clamp_(-20.0, 2.0)  # after the step, so that its gradient never vanishes
             history.append(torch.stack(list(metrics.values())))
-    kl = average(exact_kl(old_policy, agent(batch[0])[0]).mean()).item()
+    kl = average(exact_kl(old_policy, agent(obs)[0]).mean()).item()
     if args.kl_mode == "adaptive":
         group["kl_coef"] = adapt_kl_coef(kl_coef, kl, args.kl_target)
-    agent.normalize.update(obs.flatten(0, 1))  # not before: both policies of the ratio see the same input
+    agent.normalize.update(obs)  # not before: both policies of the ratio see the same input
     means = dict(zip(metrics, average(torch.stack(history).mean(0)).tolist(), strict=True))
-    errors, spread = (moments(x.flatten(), dim=0)[1] for x in (returns - values, returns))
-    means |= {"losses/explained_variance": (1.0 - errors / spread.clamp(min=1e-8)).item(), "losses/kl": kl}
-    return means | {"charts/learning_rate": group["lr"], "charts/kl_coef": kl_coef}
+    errors, spread = (moments(x, dim=0)[1] for x in (returns - rollout.values.flatten(), returns))
+    means["losses/explained_variance"] = (1.0 - errors / spread.clamp(min=1e-8)).item()
+    return means | {"losses/kl": kl, "charts/learning_rate": group["lr"], "charts/kl_coef": kl_coef}
 
 
 @torch.no_grad()
 def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple[float, int]]:
     """Return (unscaled) and length of --eval-episodes episodes, without a trace in the training's randomness.
 
-    They are the first ones of each environment: the first ones of all to end would be the short ones.
+    They are the first ones of each environment: whichever end first would mostly be short ones.
     """
     screens = {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
     if args.render and sys.platform == "linux" and not screens & os.environ.keys():
         raise OSError("there is no display")  # SDL would draw where nobody sees it
     num_envs = 1 if videos or args.render else min(args.eval_episodes, args.num_envs)
     episodes, device = [[] for _ in range(num_envs)], next(agent.parameters()).device
-    counts = [len(range(i, args.eval_episodes, num_envs)) for i in range(num_envs)]  # of each environment
     with (
         closing(Envs(args, num_envs, [args.seed, 0, 1], training=False, videos=videos)) as envs,
         torch.random.fork_rng([]),
@@ -526,7 +519,7 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
         stack.callback(np.random.set_state, np.random.get_state())
         torch.manual_seed(args.seed)
         obs = envs.reset()
-        while any(len(played) < count for played, count in zip(episodes, counts, strict=True)):
+        while any(len(episodes[i % num_envs]) <= i // num_envs for i in range(args.eval_episodes)):
             policy, _ = agent(torch.from_numpy(obs).to(device))
             actions = policy.mode if args.deterministic else agent.sample(policy, agent.noise(num_envs))
             obs = envs.step(actions.cpu().numpy()).obs
@@ -540,7 +533,7 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
 def evaluate_checkpoint(args: Args) -> None:
     """Prints a table, and writes it with every episode to eval.json beside the checkpoint."""
     path = checkpoint_path(args)
-    checkpoint, device = load_checkpoint(path), set_up(args)
+    checkpoint, device = load_checkpoint(path), prepare(args)
     with closing(Envs(replace(args, render=False), 1, args.seed, training=False)) as envs:
         agent = make_agent(args, envs, device)
     with fitting(path, args.env_id):
@@ -592,7 +585,7 @@ class Checkpoints:
 
     def save(self, iteration: int) -> None:
         self.logger.flush()  # so that nothing older than the checkpoint can be missing
-        self.close()
+        self.close()  # writes best.pt
         self.write("last.pt", self.state(iteration))
         self.saved = time.monotonic()
 
@@ -653,7 +646,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def checkpoint_to_resume(args: Args) -> dict | None:
-    """None where the run begins; refuses arguments that would make it another run."""
+    """The checkpoint to resume, None for a new run; refuses arguments that would make it another run."""
     path = checkpoint_path(args)
     if path is None:
         return None
@@ -668,7 +661,7 @@ def checkpoint_to_resume(args: Args) -> dict | None:
 
 
 def restore(checkpoint: dict, args: Args, **parts) -> None:
-    """The state of everything that has one, and of the random numbers."""
+    """Loads the state of all parts, and that of the random numbers."""
     with fitting(Path("runs", args.run_name, "checkpoints", "last.pt"), args.env_id):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
@@ -677,7 +670,7 @@ def restore(checkpoint: dict, args: Args, **parts) -> None:
 
 @contextmanager
 def fitting(path: Path, what: str) -> Iterator[None]:
-    """Turns whatever the unexpected content of a checkpoint provokes into one line."""
+    """Turns any error that comes from what a checkpoint contains into one line."""
     try:
         yield
     except Exception as error:
@@ -780,11 +773,9 @@ class Logger:
         return sum(self.returns) / len(self.returns) if self.returns else math.nan
 
     def is_best(self) -> bool:
-        """Is the mean return better than ever; that of fewer than 100 episodes gives way to that of more."""
-        score = [len(self.returns), self.mean_return()]
-        better = score > self.best
-        self.best = max(score, self.best)
-        return better
+        """Is the mean return the best so far? That of more episodes (up to 100) beats that of fewer."""
+        before, self.best = self.best, max(self.best, [len(self.returns), self.mean_return()])
+        return self.best is not before
 
     def solved(self, target_return: float | None) -> bool:
         return target_return is not None and len(self.returns) == 100 and self.mean_return() >= target_return
@@ -898,7 +889,7 @@ def moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def process_group(args: Args) -> Iterator[Args]:
-    """Joins the processes of torchrun, if any: the first one writes and prints, the others into the void."""
+    """Joins the processes of torchrun, if any: what all but the first one write and print is thrown away."""
     with ExitStack() as stack:
         if world_size() > 1:
             store, *_ = next(distributed.rendezvous("env://"))
@@ -955,8 +946,8 @@ def init_wandb(args: Args, run_dir: Path):
     return wandb.init(**identity, **where, config=asdict(args), save_code=True, mode=mode)
 
 
-def set_up(args: Args, iteration: int = 0) -> torch.device:
-    """The device; prepares torch for it, and everybody's random numbers."""
+def prepare(args: Args, iteration: int = 0) -> torch.device:
+    """Returns the device; prepares torch for it, and seeds everybody's random numbers."""
     name = "cpu" if args.device == "auto" else args.device  # a GPU takes longer to call than it computes
     known = re.fullmatch(r"cpu|(cuda|mps)(:\d+)?", name)
     require(known is not None, f"--device {name}: not auto, cpu, cuda, cuda:1 or mps")
@@ -1013,7 +1004,7 @@ def compiled(function: Callable, device: torch.device) -> Callable:
 
 
 def agrees(agent: Agent) -> bool:
-    """Whether numpy_act() does what act() does, for any weights; not where only Agent has been changed."""
+    """Whether numpy_act() and act() agree, for random weights; they do not where only Agent was changed."""
     probe = copy.deepcopy(agent)
     with suppress(Exception), torch.random.fork_rng([]), torch.no_grad():  # of layers with other parameters
         for parameter in probe.parameters():
@@ -1037,7 +1028,7 @@ def train(args: Args) -> float:
     """[PPO] algorithm 1; returns the mean return of the last 100 episodes."""
     checkpoint = checkpoint_to_resume(args)
     iteration = checkpoint["iteration"] if checkpoint else 0
-    device = set_up(args, iteration)
+    device = prepare(args, iteration)
     with (
         process_group(args) as args,
         closing(Envs(args, args.num_envs // world_size(), [args.seed, iteration])) as envs,

@@ -33,10 +33,10 @@ import ppo_kl_penalty
 KILLS = int(os.environ.get("KILLS", "20"))  # more of them by hand: KILLS=100 pytest -k sigkill
 
 # 6 iterations of 40 steps in episodes of 10 to 20 steps; smaller networks for the pictures.
-gym.register("ShortPendulum-v0", "gymnasium.envs.classic_control.pendulum:PendulumEnv", max_episode_steps=13)
+gym.register("BriefPendulum-v0", "gymnasium.envs.classic_control.pendulum:PendulumEnv", max_episode_steps=13)
 ENV_IDS = {
     ppo_atari: "BreakoutNoFrameskip-v4",
-    ppo_continuous: "ShortPendulum-v0",
+    ppo_continuous: "BriefPendulum-v0",
     ppo_kl_penalty: "CartPole-v1",
 }
 TINY = {"num_envs": 2, "num_steps": 20, "num_minibatches": 2, "update_epochs": 1, "device": "cpu", "seed": 3}

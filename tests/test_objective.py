@@ -393,14 +393,14 @@ def test_loss_and_metrics_are_those_of_the_paper(case, clip_vloss):
 @pytest.mark.parametrize("advantage", [0.0, 0.1, -7.3, 1e6])
 def test_equal_advantages_stay_finite(script, advantage):
     """Their deviation is 0: normalising them must not divide by it."""
-    assert script.normalize(torch.full((2, 8), advantage)).abs().max() < 10.0
+    assert script.standardize(torch.full((2, 8), advantage)).abs().max() < 10.0
 
 
 @over_scripts(SCRIPTS)
 def test_advantages_are_normalized_row_by_row(script):
     advantages = torch.tensor([[1.0, 2.0, 3.0], [-4.0, 0.0, 4.0]])
     expected = torch.tensor([[-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]])  # deviations 1 and 4, of a sample
-    torch.testing.assert_close(script.normalize(advantages), expected)
+    torch.testing.assert_close(script.standardize(advantages), expected)
 
 
 @pytest.fixture

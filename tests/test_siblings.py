@@ -82,12 +82,12 @@ DIFFERENCES = {
     "minibatch_loss": ("kl_penalty", "another objective"),
     "minibatch_gradient": ("kl_penalty", "another objective: β and the old policy take part in it"),
     "update": ("all", "β and the old policy; no Gaussian and no normalisation of pictures"),
-    "set_up": ("atari", "more than one thread pays"),
+    "prepare": ("atari", "more than one thread pays"),
     "make_agent": ("atari", "arguments of its Agent"),
     "accelerate": ("atari", "see numpy_act"),
 }
 # Resuming, evaluation, videos and torchrun take as many lines as the algorithm; each script brings its own.
-MAX_LINES, MAX_FUNCTION, MAX_TRAIN, MAX_COLUMNS, MAX_NESTING = 1108, 50, 59, 110, 3
+MAX_LINES, MAX_FUNCTION, MAX_TRAIN, MAX_COLUMNS, MAX_NESTING = 1099, 50, 59, 110, 3
 
 
 def path_of(script: str) -> Path:
