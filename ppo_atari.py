@@ -28,6 +28,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import signal
 import subprocess
@@ -468,6 +469,7 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
         tqdm(unit=" episodes", file=sys.stdout, leave=False, disable=None) as bar,
     ):
         stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(random.setstate, random.getstate())
         torch.manual_seed(args.seed)
         obs = envs.reset()
         while any(len(episodes[i % num_envs]) <= i // num_envs for i in range(args.eval_episodes)):
@@ -520,6 +522,9 @@ class Checkpoints:
         self.best = None  # what best.pt is to be
         self.saved, self.recorded, self.capture_video = time.monotonic(), logger.step, args.capture_video
         (logger.dir / "checkpoints").mkdir(exist_ok=True)
+        with suppress(ArgumentError):  # there is one; an attempt that failed writes it later than last.pt
+            best = load_checkpoint(logger.dir / "checkpoints" / "best.pt")["logger"]["best"]
+            logger.best = max(logger.best, best)
 
     def state(self, iteration: int) -> dict[str, object]:
         about = {"format": 3, "script": Args.exp_name, "args": asdict(self.args), "iteration": iteration}
@@ -564,7 +569,7 @@ class Checkpoints:
             self.logger.log_video(step, video.with_name(f"{video.name}-episode-0.mp4"))
         except Exception as error:  # no ffmpeg, no EGL: each simulator has its own
             self.capture_video = False
-            tqdm.write(f"training goes on without videos: {one_line(error)}")
+            say(f"training goes on without videos: {one_line(error)}")
 
 
 def checkpoint_path(args: Setup) -> Path | None:
@@ -628,6 +633,15 @@ def fitting(path: Path, what: str) -> Iterator[None]:
         raise ArgumentError(f"{path} does not fit {what}: {one_line(error)}") from None
 
 
+def say(line: str) -> None:
+    """Prints above the progress bar; training goes on if nobody reads it, as when Ctrl-C has ended tee(1)."""
+    try:
+        with tqdm.external_write_mode():
+            print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def one_line(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
@@ -663,8 +677,9 @@ def noted_signals() -> Iterator[list[int]]:
                 signal.signal(caught, again)
             time.sleep(0.1)  # timeout(1) sends the same signal twice at once
         at_once = "; a second signal stops at once" if alone else ""
-        if rank() == 0:
-            os.write(2, f"\nstopping once this iteration is done and saved{at_once}\n".encode())
+        with suppress(OSError):  # as in say()
+            if rank() == 0:
+                os.write(2, f"\nstopping once this iteration is done and saved{at_once}\n".encode())
 
     with suppress(ValueError):  # only the main thread can catch any
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -701,16 +716,16 @@ class Logger:
         try:
             self.wandb = init_wandb(args, self.dir) if args.track else None
         except Exception as error:  # no network, or the project has a run of this name
-            tqdm.write(f"training goes on without W&B: {one_line(error)}")
+            say(f"training goes on without W&B: {one_line(error)}")
         self.status, self.printed = "", time.monotonic()
         self.times, self.profile = Counter(), []  # seconds in this iteration, microseconds per step in each
         since = f" from step {self.step:,} on" if self.step else ""
-        print(f"training on {args.env_id}{since}, written to {self.dir}", flush=True)
+        say(f"training on {args.env_id}{since}, written to {self.dir}")
         total = args.num_iterations * args.batch_size
         if self.step >= total:
             self.status = f"all {total:,} steps are done; a higher --total-timesteps goes on"
         elif args.compile:
-            print("compiling: the first steps take up to a minute, seconds with a warm cache", flush=True)
+            say("compiling: the first steps take up to a minute, seconds with a warm cache")
         steps = {"total": total, "initial": self.step, "unit": " steps"}
         self.bar = tqdm(**steps, unit_scale=True, file=sys.stdout, disable=None)  # no pipe
 
@@ -765,7 +780,7 @@ class Logger:
 
     def print_status(self) -> None:
         if self.status:
-            print(self.status, flush=True)
+            say(self.status)
         self.status, self.printed = "", time.monotonic()
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
@@ -786,7 +801,7 @@ class Logger:
                 message(self.wandb)
         except Exception as error:
             self.wandb = None
-            tqdm.write(f"training goes on without W&B: {one_line(error)}")
+            say(f"training goes on without W&B: {one_line(error)}")
 
     def flush(self) -> None:
         self.tensorboard.flush()
@@ -797,7 +812,7 @@ class Logger:
         self.print_status()
         if self.profile:
             medians = {name: np.median([times[name] for times in self.profile]) for name in self.profile[0]}
-            print("µs per step:", ", ".join(f"{name[5:]} {median:.1f}" for name, median in medians.items()))
+            say("µs per step: " + ", ".join(f"{name[5:]} {median:.1f}" for name, median in medians.items()))
         self.csv.close()
         self.tensorboard.close()
         checkpoint = self.dir / "checkpoints" / "last.pt"
@@ -912,8 +927,10 @@ def prepare(args: Args, iteration: int = 0) -> torch.device:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    np.random.seed([args.seed % 2**32, iteration, rank()])  # for environments that draw from this generator
     torch.manual_seed(args.seed)
+    entropy = [args.seed % 2**32, iteration, rank()]
+    np.random.seed(entropy)  # these two for environments that draw from them
+    random.seed(str(entropy))
     Distribution.set_default_validate_args(False)  # its checks cost as much as the distributions themselves
     return device
 
@@ -950,7 +967,7 @@ def compiled(function: Callable, device: torch.device) -> Callable:
         except Exception as error:  # no compiler, or one that cannot cope
             if fast is function:
                 raise
-            tqdm.write(f"slower without torch.compile: {one_line(error)}")
+            say(f"slower without torch.compile: {one_line(error)}")
             fast = function
             return function(*inputs)
         # the next replay of a CUDA graph overwrites what this one returned
@@ -1008,7 +1025,7 @@ def train(args: Args) -> float:
             if not stop:
                 checkpoints.record()
             if logger.solved(args.target_return):
-                tqdm.write(f"solved at step {logger.step:,} after {logger.seconds() / 60:.1f} min")
+                say(f"solved at step {logger.step:,} after {logger.seconds() / 60:.1f} min")
     if stop:
         sys.exit(128 + stop[0])
     return logger.mean_return()
@@ -1025,7 +1042,7 @@ def parse_args() -> Args:
 
 
 def main() -> None:
-    for stream in (sys.stdout, sys.stderr):  # where a pipe's code page lacks γ or µ, as on Windows
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # whose code page may lack γ, as on Windows
         stream.reconfigure(errors="replace")
     try:
         args = parse_args()

@@ -27,6 +27,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import signal
 import subprocess
@@ -38,6 +39,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -189,16 +191,20 @@ class Envs:
     """
 
     def __init__(self, args: Args, num_envs: int, seed, training: bool = True, videos: Path | None = None):
-        def make_env() -> gym.Env:  # flat observations, and fresh ones: SAME_STEP does not copy final_obs
-            if os.getpid() != pid:  # the main process decides when to stop
+        def make_env(seed: int) -> gym.Env:  # flat and fresh observations: SAME_STEP does not copy final_obs
+            if os.getpid() != pid:  # one of --async-envs; the main process decides when to stop
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                np.random.seed(seed)
+                random.seed(seed)
             env = gym.make(args.env_id, disable_env_checker=True, **rendering)
             if rendering and hasattr(env.unwrapped, "mujoco_renderer"):
                 with suppress(KeyError):  # the camera that follows the robot, where there is one
                     env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera("track").id
             return gym.wrappers.FlattenObservation(env)
 
+        self.first = rank() * num_envs if training else 0  # as many environments are in earlier processes
+        self.seeds = np.random.SeedSequence(seed).generate_state(self.first + num_envs)[self.first :].tolist()
         pid = os.getpid()
         rendering = {"render_mode": "rgb_array"} if videos or args.render else {}
         if rendering and sys.platform == "linux" and "DISPLAY" not in os.environ:
@@ -207,21 +213,19 @@ class Envs:
                 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         vectorize = gym.vector.AsyncVectorEnv if args.async_envs else QuietSyncVectorEnv
         try:
-            self.envs = vectorize([make_env] * num_envs, copy=False, autoreset_mode="SameStep")
+            makers = [partial(make_env, seed) for seed in self.seeds]
+            self.envs = vectorize(makers, copy=False, autoreset_mode="SameStep")
         except (gym.error.Error, ImportError, ValueError) as error:
             hint = " (Atari games: ppo_atari.py)" if isinstance(error, gym.error.UnregisteredEnv) else ""
             raise ArgumentError(f"--env-id {args.env_id}: {str(error).partition(chr(10))[0]}{hint}") from None
         self.envs = show(self.envs, args, videos)
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
-        self.close = self.envs.close
         if not (isinstance(self.action_space, Box | Discrete) and isinstance(self.observation_space, Box)):
             self.close()
             kinds = " actions, ".join(type(s).__name__ for s in (self.action_space, self.observation_space))
             raise ArgumentError(f"--env-id {args.env_id}: {kinds} observations; no script here handles them")
         self.num_envs, self.training, self.gamma = num_envs, training, args.gamma
-        self.first = rank() * num_envs if training else 0  # as many environments are in earlier processes
-        self.seeds = np.random.SeedSequence(seed).generate_state(self.first + num_envs)[self.first :].tolist()
         self.return_stats = np.zeros(3)  # number, sum and sum of squares of all discounted returns so far
         self.num_steps = 0  # taken in all environments of all processes together
         self.finished: list[tuple[int, float, int]] = []  # (num_steps at its end, return, length) per episode
@@ -263,6 +267,14 @@ class Envs:
         variance = np.maximum(squares / count - (total / count) ** 2, 0.0)  # up to each step
         self.return_stats += average(torch.tensor(new_stats[:, -1])).numpy() * world_size()
         return (rewards / np.sqrt(variance + 1e-8)[:, None]).clip(-10.0, 10.0)
+
+    def close(self) -> None:
+        processes = getattr(self.envs.unwrapped, "processes", [])
+        if processes and sys.exc_info()[0]:  # one may be dead: waiting for its answer would never end
+            for process in processes:
+                process.kill()
+            self.envs.unwrapped.closed = True
+        self.envs.close()
 
     def state_dict(self) -> dict[str, object]:
         return {"num_steps": self.num_steps, "return_stats": self.return_stats.tolist()}
@@ -517,6 +529,7 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
         tqdm(unit=" episodes", file=sys.stdout, leave=False, disable=None) as bar,
     ):
         stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(random.setstate, random.getstate())
         torch.manual_seed(args.seed)
         obs = envs.reset()
         while any(len(episodes[i % num_envs]) <= i // num_envs for i in range(args.eval_episodes)):
@@ -569,6 +582,9 @@ class Checkpoints:
         self.best = None  # what best.pt is to be
         self.saved, self.recorded, self.capture_video = time.monotonic(), logger.step, args.capture_video
         (logger.dir / "checkpoints").mkdir(exist_ok=True)
+        with suppress(ArgumentError):  # there is one; an attempt that failed writes it later than last.pt
+            best = load_checkpoint(logger.dir / "checkpoints" / "best.pt")["logger"]["best"]
+            logger.best = max(logger.best, best)
 
     def state(self, iteration: int) -> dict[str, object]:
         about = {"format": 3, "script": Args.exp_name, "args": asdict(self.args), "iteration": iteration}
@@ -613,7 +629,7 @@ class Checkpoints:
             self.logger.log_video(step, video.with_name(f"{video.name}-episode-0.mp4"))
         except Exception as error:  # no ffmpeg, no EGL: each simulator has its own
             self.capture_video = False
-            tqdm.write(f"training goes on without videos: {one_line(error)}")
+            say(f"training goes on without videos: {one_line(error)}")
 
 
 def checkpoint_path(args: Setup) -> Path | None:
@@ -677,6 +693,15 @@ def fitting(path: Path, what: str) -> Iterator[None]:
         raise ArgumentError(f"{path} does not fit {what}: {one_line(error)}") from None
 
 
+def say(line: str) -> None:
+    """Prints above the progress bar; training goes on if nobody reads it, as when Ctrl-C has ended tee(1)."""
+    try:
+        with tqdm.external_write_mode():
+            print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def one_line(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
@@ -712,8 +737,9 @@ def noted_signals() -> Iterator[list[int]]:
                 signal.signal(caught, again)
             time.sleep(0.1)  # timeout(1) sends the same signal twice at once
         at_once = "; a second signal stops at once" if alone else ""
-        if rank() == 0:
-            os.write(2, f"\nstopping once this iteration is done and saved{at_once}\n".encode())
+        with suppress(OSError):  # as in say()
+            if rank() == 0:
+                os.write(2, f"\nstopping once this iteration is done and saved{at_once}\n".encode())
 
     with suppress(ValueError):  # only the main thread can catch any
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -750,16 +776,16 @@ class Logger:
         try:
             self.wandb = init_wandb(args, self.dir) if args.track else None
         except Exception as error:  # no network, or the project has a run of this name
-            tqdm.write(f"training goes on without W&B: {one_line(error)}")
+            say(f"training goes on without W&B: {one_line(error)}")
         self.status, self.printed = "", time.monotonic()
         self.times, self.profile = Counter(), []  # seconds in this iteration, microseconds per step in each
         since = f" from step {self.step:,} on" if self.step else ""
-        print(f"training on {args.env_id}{since}, written to {self.dir}", flush=True)
+        say(f"training on {args.env_id}{since}, written to {self.dir}")
         total = args.num_iterations * args.batch_size
         if self.step >= total:
             self.status = f"all {total:,} steps are done; a higher --total-timesteps goes on"
         elif args.compile:
-            print("compiling: the first steps take up to a minute, seconds with a warm cache", flush=True)
+            say("compiling: the first steps take up to a minute, seconds with a warm cache")
         steps = {"total": total, "initial": self.step, "unit": " steps"}
         self.bar = tqdm(**steps, unit_scale=True, file=sys.stdout, disable=None)  # no pipe
 
@@ -814,7 +840,7 @@ class Logger:
 
     def print_status(self) -> None:
         if self.status:
-            print(self.status, flush=True)
+            say(self.status)
         self.status, self.printed = "", time.monotonic()
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
@@ -835,7 +861,7 @@ class Logger:
                 message(self.wandb)
         except Exception as error:
             self.wandb = None
-            tqdm.write(f"training goes on without W&B: {one_line(error)}")
+            say(f"training goes on without W&B: {one_line(error)}")
 
     def flush(self) -> None:
         self.tensorboard.flush()
@@ -846,7 +872,7 @@ class Logger:
         self.print_status()
         if self.profile:
             medians = {name: np.median([times[name] for times in self.profile]) for name in self.profile[0]}
-            print("µs per step:", ", ".join(f"{name[5:]} {median:.1f}" for name, median in medians.items()))
+            say("µs per step: " + ", ".join(f"{name[5:]} {median:.1f}" for name, median in medians.items()))
         self.csv.close()
         self.tensorboard.close()
         checkpoint = self.dir / "checkpoints" / "last.pt"
@@ -961,8 +987,10 @@ def prepare(args: Args, iteration: int = 0) -> torch.device:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    np.random.seed([args.seed % 2**32, iteration, rank()])  # for environments that draw from this generator
     torch.manual_seed(args.seed)
+    entropy = [args.seed % 2**32, iteration, rank()]
+    np.random.seed(entropy)  # these two for environments that draw from them
+    random.seed(str(entropy))
     Distribution.set_default_validate_args(False)  # its checks cost as much as the distributions themselves
     return device
 
@@ -994,7 +1022,7 @@ def compiled(function: Callable, device: torch.device) -> Callable:
         except Exception as error:  # no compiler, or one that cannot cope
             if fast is function:
                 raise
-            tqdm.write(f"slower without torch.compile: {one_line(error)}")
+            say(f"slower without torch.compile: {one_line(error)}")
             fast = function
             return function(*inputs)
         # the next replay of a CUDA graph overwrites what this one returned
@@ -1020,7 +1048,10 @@ def accelerate(args: Args, agent: Agent, device: torch.device) -> tuple[Callable
     """act() and minibatch_gradient(), or with --compile what does the same faster."""
     if not args.compile:
         return act, minibatch_gradient
-    fast_act = numpy_act(agent) if device.type == "cpu" and agrees(agent) else compiled(act, device)
+    widest = max(x.numel() for x in agent.parameters())
+    small = args.num_envs // world_size() * widest <= 2**18  # beyond, NumPy would start more threads
+    in_numpy = small and device.type == "cpu" and agrees(agent)
+    fast_act = numpy_act(agent) if in_numpy else compiled(act, device)
     return fast_act, compiled(minibatch_gradient, device)
 
 
@@ -1066,7 +1097,7 @@ def train(args: Args) -> float:
             if not stop:
                 checkpoints.record()
             if logger.solved(args.target_return):
-                tqdm.write(f"solved at step {logger.step:,} after {logger.seconds() / 60:.1f} min")
+                say(f"solved at step {logger.step:,} after {logger.seconds() / 60:.1f} min")
     if stop:
         sys.exit(128 + stop[0])
     return logger.mean_return()
@@ -1083,7 +1114,7 @@ def parse_args() -> Args:
 
 
 def main() -> None:
-    for stream in (sys.stdout, sys.stderr):  # where a pipe's code page lacks γ or µ, as on Windows
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # whose code page may lack γ, as on Windows
         stream.reconfigure(errors="replace")
     try:
         args = parse_args()

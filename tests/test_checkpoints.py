@@ -577,7 +577,8 @@ def checkpoints_of(script: ModuleType, state: dict | None = None, **changes):
     """A logger, a counter, and what saves them."""
     args, counter = tiny_args(script, resume=state is not None, **changes), Counter()
     logger = script.Logger(args, state)
-    return logger, counter, script.Checkpoints(args, logger, agent=counter)
+    parts = dict.fromkeys(("agent", "optimizer", "envs"), counter)
+    return logger, counter, script.Checkpoints(args, logger, **parts)
 
 
 @over_scripts(SCRIPTS)
@@ -639,6 +640,29 @@ def test_best_survives_a_worse_continuation(script, here):
     second[2].save(4)
     assert best(here)["iteration"] == 4
     second[0].close()
+
+
+@over_scripts(SCRIPTS)
+def test_best_survives_an_attempt_that_failed(script, here):
+    """It is written where training ends with an error, when last.pt knows nothing of it."""
+    logger, *rest = checkpoints_of(script)
+    parts = (logger, *rest)
+    play(*parts, 1, [10.0] * 100)
+    rest[1].save(1)
+    play(*parts, 2, [30.0] * 100)
+    rest[1].close()
+    logger.close()
+    again = checkpoints_of(script, last(here)["logger"])
+    play(*again, 2, [15.0] * 100)  # better than where it went on
+    again[2].save(2)
+    assert best(here)["logger"]["returns"] == [30.0] * 100
+    again[0].close()
+    (here / "runs" / "run" / "checkpoints" / "best.pt").write_bytes(b"damaged")
+    last_one = checkpoints_of(script, last(here)["logger"] | {"best": [100, 10.0]})
+    play(*last_one, 3, [20.0] * 100)
+    last_one[2].save(3)
+    assert best(here)["iteration"] == 3
+    last_one[0].close()
 
 
 @over_scripts(SCRIPTS)
@@ -1068,6 +1092,22 @@ def test_signal_to_a_process(forks, tmp_path, number, extra):
     outcome = process.wait()
     assert outcome.status == 128 + number
     assert outcome.err == "\nstopping once this iteration is done and saved; a second signal stops at once\n"
+    assert last(tmp_path)["iteration"] >= 1
+    assert_complete(tmp_path / "runs" / "run", last(tmp_path)["iteration"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stderr", [subprocess.STDOUT, subprocess.DEVNULL], ids=["2>&1", "stdout"])
+def test_ctrl_c_into_a_pipeline(tmp_path, stderr):
+    """It ends tee(1) as well, whose end of the pipe nobody reads from then on."""
+    argv = [*small_iterations(100_000, checkpoint_interval=1e9), "--no-compile"]
+    command = [sys.executable, ppo_kl_penalty.__file__, *argv]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=stderr) as process:
+        wait_for((tmp_path / "runs" / "run" / "checkpoints" / "last.pt").exists)
+        process.stdout.close()
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60.0) == 128 + signal.SIGINT
     assert last(tmp_path)["iteration"] >= 1
     assert_complete(tmp_path / "runs" / "run", last(tmp_path)["iteration"])
 

@@ -1,6 +1,8 @@
 """Envs of the two vector scripts on small environments whose every step is known in advance."""
 
 import itertools
+import random
+import signal
 from contextlib import closing
 from typing import ClassVar, NamedTuple
 
@@ -460,3 +462,62 @@ def test_critic_learns_the_value_of_an_endless_task(script):
         with torch.no_grad():
             value = agent.value(obs).mean().item()
     assert value == pytest.approx(10.0, abs=0.5)
+
+
+class Dice(gym.Env):
+    """Its first observation is of anybody's random numbers, as in environments that were written so."""
+
+    observation_space, action_space = Box(0.0, 1.0, (2,)), Box(-1.0, 1.0, (1,))
+
+    def reset(self, **_):
+        return np.array([random.random(), np.random.random()], dtype=np.float32), {}
+
+    def step(self, action):
+        return self.reset()[0], 0.0, False, False, {}
+
+
+gym.register("Dice-v0", Dice)
+
+
+@pytest.mark.parametrize("async_envs", [False, True], ids=["sync", "async"])
+@over_vector_scripts
+def test_global_random_numbers(script, async_envs):
+    """The seed decides them, and no two environments have the same."""
+
+    def first(seed: int) -> np.ndarray:
+        args = script.Args(env_id="Dice-v0", num_envs=2, async_envs=async_envs, seed=seed)
+        script.prepare(args)
+        with closing(script.Envs(args, 2, [seed, 0])) as envs:
+            return envs.reset()
+
+    with torch.random.fork_rng([]):
+        one, again, other = first(1), first(1), first(2)
+    np.testing.assert_array_equal(one, again)
+    assert len({*one.ravel(), *other.ravel()}) == 8
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+@over_vector_scripts
+def test_a_dead_process_ends_training(script, dead):
+    """Instead of waiting for its answer, or for the others to end."""
+
+    def too_long(*_):
+        pytest.fail("it waits")
+
+    handler = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(30)
+    try:
+        with (
+            pytest.raises((EOFError, OSError)),
+            closing(make_envs(script, "Pendulum-v1", num_envs=2, async_envs=True)) as envs,
+        ):
+            envs.reset()
+            processes = envs.envs.unwrapped.processes
+            processes[dead].kill()
+            processes[dead].join()
+            envs.step(np.zeros((2, 1), dtype=np.float32))
+        for process in processes:
+            process.join()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import re
 import shutil
 import sys
@@ -40,7 +41,7 @@ class Lottery(gym.Env):
     """Draws whether an episode has 2 or 12 steps and what they are worth; keeps how its episodes ended.
 
     The shapes are those of Pendulum and, with `discrete`, those of CartPole. With `careless` it draws from
-    the global generator. Observations tell nothing: they are always 5. An action adds its value to the
+    the global generators. Observations tell nothing: they are always 5. An action adds its value to the
     reward.
     """
 
@@ -58,7 +59,7 @@ class Lottery(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        long, fraction = np.random.random(2) if self.careless else self.np_random.random(2)
+        long, fraction = (random.random(), np.random.random()) if self.careless else self.np_random.random(2)
         self.length, self.worth = 12 if long < 0.3 else 2, self.prize * (1.0 + fraction)
         self.score, self.time = 0.0, 0
         return self.observe(), {}
@@ -679,14 +680,15 @@ def test_recording_does_not_change_the_training(script, runs, recordings):
 
 
 @over_scripts(VECTOR_SCRIPTS)
-def test_evaluation_leaves_the_global_generator_alone(script):
-    """Environments may draw from it, and train() seeds it for them."""
+def test_evaluation_leaves_the_global_generators_alone(script):
+    """Environments may draw from them, and train() seeds them for that."""
     agent = fresh_agent(script)
     np.random.seed(3)
-    before = np.random.get_state()[1:3]
+    before, python_before = np.random.get_state()[1:3], random.getstate()
     played = script.evaluate(agent, lottery_args(script, env_id=CARELESS[script]))
     assert len(played) == 3
     np.testing.assert_equal(np.random.get_state()[1:3], before)
+    assert random.getstate() == python_before
 
 
 def break_recording(monkeypatch, script, what: str) -> None:

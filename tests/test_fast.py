@@ -429,6 +429,17 @@ def test_small_networks_act_in_numpy_on_a_cpu(case):
 
 
 @over_cases(MLP_CASES)
+def test_many_environments_do_not_act_in_numpy(case):
+    """Whose products of large matrices take as many threads as there are cores."""
+    script, agent = case.script, make_agent(case)
+    widest = max(x.numel() for x in agent.parameters())
+    for num_envs, small in ((2**18 // widest, True), (2**18 // widest + 1, False)):
+        args = make_args(script, num_envs=num_envs, total_timesteps=1_000_000)
+        act, _ = script.accelerate(args, agent, CPU)
+        assert act.__qualname__.startswith("numpy_act") == small
+
+
+@over_cases(MLP_CASES)
 @pytest.mark.parametrize("change", ["relu", "tanh at the end", "temperature", "input", "no normalize"])
 def test_a_changed_agent_does_not_act_in_numpy(case, change):
     """Somebody who copies the script and changes its Agent need not know of numpy_act(), nor be lucky."""
