@@ -14,6 +14,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
+RUNNING: set[subprocess.Popen] = set()
 
 MUJOCO_TASKS = "HalfCheetah Hopper Walker2d Swimmer InvertedDoublePendulum Ant Humanoid".split()
 SEEDS = {"HalfCheetah": 10}  # instead of 5: some seeds end twice as high as others
@@ -181,15 +183,13 @@ def execute(run: Run, threads: int, baseline: str, cleanrl: Path) -> str | None:
     print(command, flush=True)
     surroundings = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     surroundings["PYTHONPATH"] = str(ROOT / "benchmark")  # of unclipped.py
-    process = subprocess.run(
-        [*launcher, *words],
-        cwd=folder,
-        env=os.environ | surroundings,
-        capture_output=True,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*launcher, *words], cwd=folder, env=os.environ | surroundings, **pipes) as process:
+        RUNNING.add(process)
+        _, errors = process.communicate()
+        RUNNING.discard(process)
     if process.returncode:
-        return f"{command}\n{process.stderr}"
+        return f"{command}\n{errors}"
     if run.script == CLEANRL_SCRIPT:
         about = describe_cleanrl(run, threads, baseline, cleanrl)
         summary = summarize(command, episodes_in_tensorboard(run_dir), about)
@@ -229,6 +229,13 @@ def describe_cleanrl(run: Run, threads: int, baseline: str, cleanrl: Path) -> di
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {threads} threads",
         "git_commit": commit,
     }
+
+
+def stop(number: int, _) -> None:
+    """Ends the runs as well: each saves itself, and the same command goes on with it."""
+    for process in [*RUNNING]:
+        process.send_signal(number)
+    sys.exit(128 + number)
 
 
 def summarize(command: str, episodes: list[tuple[int, float, float]], about: dict, points: int = 100) -> dict:
@@ -302,4 +309,5 @@ def main(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     tyro.cli(main)

@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -70,7 +72,7 @@ def test_a_study_from_its_runs_to_its_picture(project, monkeypatch, capsys):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "| CartPole-v1 | ppo_kl_penalty.py | 512 |" in (folder / "table.md").read_text()
 
-    monkeypatch.setattr(runner.subprocess, "run", lambda *_, **__: pytest.fail("runs again what is done"))
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda *_, **__: pytest.fail("runs again what is done"))
     runner.main(("small",), workers=1)
 
 
@@ -78,6 +80,32 @@ def test_a_failure_is_reported_and_leaves_no_result(project):
     with pytest.raises(SystemExit, match=r"these runs failed:(.|\n)*--gamma must be between 0 and 1"):
         runner.main(("wrong",), workers=1)
     assert not (project / "benchmark" / "results" / "wrong").exists()
+
+
+def test_sigterm_ends_the_runs_as_well(project):
+    """Or they would go on, and the same command would start them a second time."""
+    study = project / "runs" / "small__CartPole-v1__ppo_kl_penalty__1"
+    code = f"""
+import signal, sys
+sys.path.insert(0, {str(ROOT / "benchmark")!r})
+import run
+run.ROOT = run.Path({str(project)!r})
+run.RESULTS = run.ROOT / "benchmark" / "results"
+run.STUDIES = {{"small": [("ppo_kl_penalty.py", "CartPole-v1", 2, "--no-compile --total-timesteps 9999999")]}}
+signal.signal(signal.SIGTERM, run.stop)
+run.main(("small",), workers=1)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60.0
+        while not (study / "checkpoints" / "last.pt").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        before = (study / "checkpoints" / "last.pt").read_bytes()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60.0) == 128 + signal.SIGTERM
+    assert (study / "checkpoints" / "last.pt").read_bytes() != before
+    assert [path.name for path in (project / "runs").iterdir()] == [study.name]
+    assert not list((project / "benchmark").rglob("*.json"))
 
 
 def test_an_unknown_study_is_refused(project):
