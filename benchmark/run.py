@@ -232,7 +232,7 @@ def describe_cleanrl(run: Run, threads: int, baseline: str, cleanrl: Path) -> di
 
 
 def stop(number: int, _) -> None:
-    """Ends the runs as well: each saves itself, and the same command goes on with it."""
+    """Ends the runs as well: all but those of CleanRL save themselves, and go on when started again."""
     for process in [*RUNNING]:
         process.send_signal(number)
     sys.exit(128 + number)
