@@ -196,6 +196,7 @@ def execute(run: Run, threads: int, baseline: str, cleanrl: Path) -> str | None:
     else:
         about = json.loads((run_dir / "args.json").read_text())
         summary = summarize(command, episodes_in_csv(run_dir), about)
+    summary["processor"] = speed.processor()
     run.result.parent.mkdir(parents=True, exist_ok=True)
     run.result.write_text(json.dumps(summary) + "\n")
     print(f"{run.result.relative_to(ROOT)} written", flush=True)

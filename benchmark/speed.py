@@ -97,6 +97,15 @@ def measure(command: str, folder: Path, environment: dict[str, str]) -> Measurem
     return Measurement(rate, usage.ru_maxrss / 1024, tuple(parts))
 
 
+def processor() -> str:
+    """Name of the CPU, where the system tells, and what it has for bf16."""
+    about = Path("/proc/cpuinfo")  # of Linux
+    text = about.read_text() if about.exists() else ""
+    names = [*re.findall(r"model name\s*: (.+)", text), platform.processor() or platform.machine()]
+    units = sorted({*re.findall(r"\b(?:avx512|amx)_bf16\b", text)})
+    return ", ".join([names[0], *units])
+
+
 def run(command: str, words: dict, environment: dict[str, str]) -> Measurement:
     with tempfile.TemporaryDirectory() as folder:
         return measure(command.format(**words), Path(folder), environment)
@@ -137,7 +146,8 @@ def summarize(report: dict) -> list[str]:
 
 
 def tabulate(report: dict) -> str:
-    rows = ["| contest | side | steps/s: median (all) | ratio to CleanRL: median | peak memory, MB |"]
+    rows = [report["machine"], ""]
+    rows.append("| contest | side | steps/s: median (all) | ratio to CleanRL: median | peak memory, MB |")
     rows.append("|---|---|---|---|---|")
     for contest, sides in report["contests"].items():
         for side, one in sides.items():
@@ -183,7 +193,7 @@ def main(rounds: int, checkouts: dict[str, str], interpreters: dict[str, str]) -
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "speed.json"
     report = json.loads(path.read_text()) if path.exists() else {"contests": {}}
-    report["machine"] = f"{platform.platform()}, {os.cpu_count()} cores"
+    report["machine"] = f"{processor()}, {os.cpu_count()} cores, {platform.platform()}"
     report["versions"] = {name: version(name) for name in ("torch", "gymnasium", "ale-py", "mujoco", "numpy")}
     report["burn_in_iterations"] = BURN_IN
     for contest, sides in CONTESTS.items():

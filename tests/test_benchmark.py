@@ -61,6 +61,7 @@ def test_a_study_from_its_runs_to_its_picture(project, monkeypatch, capsys):
         summary = json.loads(file.read_text())
         assert summary["command"] == f"python ppo_kl_penalty.py --env-id CartPole-v1 --seed {seed} {FLAGS}"
         assert summary["args"]["seed"] == seed and summary["versions"]["torch"]
+        assert summary["processor"].partition(",")[0]
         rows = (project / "runs" / f"small__{file.stem}" / "episodes.csv").read_text().splitlines()[1:]
         returns = [float(row.split(",")[2]) for row in rows][-100:]
         assert summary["final_mean_return"] == pytest.approx(sum(returns) / len(returns), abs=0.01)
