@@ -432,8 +432,8 @@ def update(
     obs, _, _, values, advantages, returns = batch = [x.flatten(0, 1) for x in learned_from]
     (parameters,), history = optimizer.param_groups[0]["params"], []
     own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # clipped once averaged
-    for _ in range(args.update_epochs):
-        order = torch.randperm(len(obs)).to(obs.device).view(args.num_minibatches, -1)
+    orders = torch.stack([torch.randperm(len(obs)) for _ in range(args.update_epochs)]).to(obs.device)
+    for order in orders.view(args.update_epochs, args.num_minibatches, -1):
         if args.norm_adv:
             batch[-2] = advantages.index_put((order,), standardize(advantages[order]))
         for rows in order:

@@ -488,8 +488,8 @@ def update(
     beta = torch.tensor(kl_coef, device=obs.device)
     (parameters,), history = group["params"], []
     own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # clipped once averaged
-    for _ in range(args.update_epochs):
-        order = torch.randperm(len(obs)).to(obs.device).view(args.num_minibatches, -1)
+    orders = torch.stack([torch.randperm(len(obs)) for _ in range(args.update_epochs)]).to(obs.device)
+    for order in orders.view(args.update_epochs, args.num_minibatches, -1):
         if args.norm_adv:
             batch[-2] = advantages.index_put((order,), standardize(advantages[order]))
         for rows in order:

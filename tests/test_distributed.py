@@ -95,7 +95,7 @@ def learn(case: Case, changes: dict, folder: Path) -> dict:
     script = case.script
     args = make_args(script, num_envs=4, ent_coef=0.01, **LEARNING | changes)
     agent, actor = make_agent(case), make_agent(case)
-    optimizer, orders = script.make_optimizer(agent, args), Orders(args)
+    optimizer = script.make_optimizer(agent, args)
     metrics, epochs, own_kls, own_whole_kls = [], [], [], []
 
     def gradient(*inputs):
@@ -108,16 +108,16 @@ def learn(case: Case, changes: dict, folder: Path) -> dict:
         return own_whole_kls[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "randperm", orders)
+        patch.setattr(torch, "randperm", Orders(args))
         if case in KL_CASES:
             original = script.exact_kl
             patch.setattr(script, "exact_kl", exact_kl)
         for iteration in range(2):
             rollout = make_rollout(case, actor, args, seed=iteration)
             rollout.logprobs[:, 2:] += 0.3 * torch.randn(args.num_steps, 2)  # the second process is ahead
-            shared, before = share(script, rollout), orders.count
+            shared, before = share(script, rollout), len(own_kls)
             metrics.append(script.update(agent, optimizer, shared, args, gradient))
-            epochs.append(orders.count - before)
+            epochs.append((len(own_kls) - before) // args.num_minibatches)
     (state,) = optimizer.state_dict()["state"].values()
     return {
         "parameters": torch.cat([p.detach().flatten() for p in agent.parameters()]),
