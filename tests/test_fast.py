@@ -471,17 +471,6 @@ def test_an_agent_as_it_is_acts_in_numpy(case):
 # ---- compiled for real ----
 
 
-@pytest.fixture
-def compiling(monkeypatch):
-    """What conftest.py turns off; a second compilation of a function is an error."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
-    torch._dynamo.reset()
-
-
 def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
