@@ -192,8 +192,10 @@ def main(rounds: int, checkouts: dict[str, str], interpreters: dict[str, str]) -
     words = {"python": sys.executable, "root": ROOT} | checkouts | interpreters
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "speed.json"
-    report = json.loads(path.read_text()) if path.exists() else {"contests": {}}
-    report["machine"] = f"{processor()}, {os.cpu_count()} cores, {platform.platform()}"
+    machine = f"{processor()}, {os.cpu_count()} cores, {platform.platform()}"
+    report = json.loads(path.read_text()) if path.exists() else {"machine": machine, "contests": {}}
+    if report["machine"] != machine:
+        sys.exit(f"{path} is of another machine ({report['machine']}): move it away to measure this one")
     report["versions"] = {name: version(name) for name in ("torch", "gymnasium", "ale-py", "mujoco", "numpy")}
     report["burn_in_iterations"] = BURN_IN
     for contest, sides in CONTESTS.items():

@@ -1,6 +1,8 @@
 """The studies behind the README: run, left out when done, resumed, summarised and drawn."""
 
 import json
+import os
+import platform
 import re
 import shutil
 import signal
@@ -61,7 +63,7 @@ def test_a_study_from_its_runs_to_its_picture(project, monkeypatch, capsys):
         summary = json.loads(file.read_text())
         assert summary["command"] == f"python ppo_kl_penalty.py --env-id CartPole-v1 --seed {seed} {FLAGS}"
         assert summary["args"]["seed"] == seed and summary["versions"]["torch"]
-        assert summary["processor"].partition(",")[0]
+        assert summary["processor"] == plot.speed.processor()
         rows = (project / "runs" / f"small__{file.stem}" / "episodes.csv").read_text().splitlines()[1:]
         returns = [float(row.split(",")[2]) for row in rows][-100:]
         assert summary["final_mean_return"] == pytest.approx(sum(returns) / len(returns), abs=0.01)
@@ -235,3 +237,31 @@ def test_the_model_of_scaling():
     assert scaling.predict(3.0, 1, 320, 1_000, 1e-4, 1e9) == 3.0
     expected = 3.0 + 320 * 2 * (1e-4 + 4 * 500 / 1e9)
     assert scaling.predict(3.0, 2, 320, 1_000, 1e-4, 1e9) == pytest.approx(expected)
+
+
+def test_speeds_of_two_machines_are_not_mixed(tmp_path, monkeypatch):
+    """Another machine ends with a line; on the same one nothing is measured twice."""
+    monkeypatch.setattr(plot.speed, "RESULTS", tmp_path)
+    monkeypatch.setattr(plot.speed, "CONTESTS", {"Pong": {}})
+    monkeypatch.setattr(plot.speed, "processor", lambda: "this")
+    monkeypatch.setattr(plot.speed, "run", lambda *_: pytest.fail("measures what is there"))
+    sides = {"CleanRL": {"steps_per_second": [100.0], "peak_megabytes": [1]}}
+    report = {"machine": "other, 2 cores", "contests": {"Pong": sides}, "sweep": {}}
+    (tmp_path / "speed.json").write_text(json.dumps(report))
+    with pytest.raises(SystemExit, match="is of another machine"):
+        plot.speed.main(1, {}, {})
+    assert json.loads((tmp_path / "speed.json").read_text()) == report
+    machine = f"this, {os.cpu_count()} cores, {platform.platform()}"
+    (tmp_path / "speed.json").write_text(json.dumps(report | {"machine": machine}))
+    plot.speed.main(1, {}, {})
+    assert (tmp_path / "table.md").read_text().startswith(f"{machine}\n")
+
+
+def test_the_processor_is_named(monkeypatch):
+    about = "model name\t: Fast 9\nflags\t\t: fpu avx512_bf16 amx_bf16\n"
+    monkeypatch.setattr(Path, "read_text", lambda _: about * 2)
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    assert plot.speed.processor() == "Fast 9, amx_bf16, avx512_bf16"
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # macOS, Windows
+    monkeypatch.setattr(plot.speed.platform, "processor", lambda: "arm")
+    assert plot.speed.processor() == "arm"
