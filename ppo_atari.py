@@ -78,7 +78,7 @@ class Setup:
     torch_deterministic: bool = True  # only repeatable cuDNN algorithms
     compile: bool = True  # torch.compile for acting and learning, and CUDA graphs on a GPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto is a GPU where there is one
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the convolutions; auto: bf16 where it is faster
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of the convolutions; auto: bf16 if faster
     track: bool = False  # log to Weights & Biases as well, offline where nobody is logged in
     wandb_project_name: str = "ppo"  # project in Weights & Biases
     wandb_entity: str | None = None  # team in Weights & Biases
@@ -342,6 +342,7 @@ def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int, act=a
     device, shape = obs.device, (num_steps * len(obs), *obs.shape[1:])
     frames = torch.empty(shape, dtype=obs.dtype, device=device, memory_format=torch.channels_last)
     all_obs = frames.unflatten(0, (num_steps, -1))  # (T, N, *obs), laid out as convolutions are fast with
+    buffer = torch.empty(obs.shape, dtype=obs.dtype, pin_memory=device.type == "cuda")
     acted, followed, cut_values = [], [], {}
     for t, noise in enumerate(agent.noise(num_steps, len(obs))):
         all_obs[t] = obs
@@ -350,7 +351,8 @@ def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int, act=a
         followed.append((step.rewards, step.terminations, step.dones))
         if step.final_obs is not None:
             cut_values[t] = agent.value(torch.from_numpy(step.final_obs).to(device))
-        obs = torch.from_numpy(step.obs).to(device)
+        buffer.copy_(torch.from_numpy(step.obs))  # which a GPU has read: it has told the actions since
+        obs = buffer.to(device, non_blocking=True)
     actions, logprobs, values = (torch.stack(x) for x in zip(*acted, strict=True))
     outcome = torch.from_numpy(np.array(followed, dtype=np.float32)).to(device)  # (T, 3, N)
     rewards, terminations, dones = outcome.unbind(1)
@@ -925,6 +927,7 @@ def prepare(args: Args, iteration: int = 0) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"--device {name}: {str(error).splitlines()[0]}") from None
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.manual_seed(args.seed)

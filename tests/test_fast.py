@@ -40,6 +40,7 @@ import ppo_kl_penalty
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+over_devices = pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=needs_gpu)], ids=str)
 over_vector_scripts = over_scripts([ppo_continuous, ppo_kl_penalty])
 
 
@@ -80,14 +81,15 @@ def test_act_tells_the_policy_s_log_probabilities_and_values(case):
 
 
 class StillEnvs:
-    """Shows random observations whatever one does; nothing ever ends."""
+    """Shows random observations whatever one does, and keeps them; nothing ever ends."""
 
     def __init__(self, case):
-        self.case = case
+        self.case, self.shown = case, []
 
     def step(self, actions):
         no = np.zeros(8, dtype=bool)
-        return self.case.script.Step(random_obs(self.case, 8).numpy(), np.ones(8), no, no, None)
+        self.shown.append(random_obs(self.case, 8))
+        return self.case.script.Step(self.shown[-1].numpy(), np.ones(8), no, no, None)
 
     def scale(self, rewards, dones):
         return rewards
@@ -109,16 +111,19 @@ def test_rollouts_tell_the_policy_s_log_probabilities_and_values(case):
         assert rollout.actions.dtype == (torch.float32 if case in GAUSSIAN_CASES else torch.int64)
 
 
+@over_devices
 @torch.no_grad()
-def test_frames_are_laid_out_for_convolutions():
-    """So that no minibatch has to rearrange them; each beside the action that answers it."""
-    agent, first = make_agent(ATARI), random_obs(ATARI, 8)
-    rollout, last = ATARI.script.collect_rollout(agent, StillEnvs(ATARI), first, 4)
+def test_frames_are_laid_out_for_convolutions(device):
+    """So that no minibatch has to rearrange them; each as shown, beside the action that answers it."""
+    agent, first, envs = make_agent(ATARI), random_obs(ATARI, 8), StillEnvs(ATARI)
+    learner = copy.deepcopy(agent).to(device)
+    rollout, last = ATARI.script.collect_rollout(learner, envs, first.to(device), 4)
     assert rollout.obs.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(rollout.obs[0], first) and not torch.equal(rollout.obs[3], last)
-    for obs, actions, logprobs in zip(rollout.obs, rollout.actions, rollout.logprobs, strict=True):
+    assert torch.equal(torch.stack([*rollout.obs, last]).to(CPU), torch.stack([first, *envs.shown]))
+    tolerance = 1e-4 if device == CPU else 2e-2  # TF32
+    for obs, actions, logprobs in zip(*(x.to(CPU) for x in rollout[:3]), strict=True):
         expected = expected_logprobs(ATARI, agent, obs, actions)
-        np.testing.assert_allclose(logprobs, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(logprobs, expected, rtol=tolerance, atol=tolerance)
 
 
 @over_cases(CASES)
@@ -241,6 +246,18 @@ def test_exact_kl_is_finite_between_the_bounds_of_log_std(old, new):
     kl = ppo_kl_penalty.exact_kl(old_policy, Independent(Normal(torch.tensor([-1.0]), log_std.exp()), 1))
     (gradient,) = torch.autograd.grad(kl.sum(), log_std)
     assert kl.isfinite().all() and gradient.isfinite().all() and gradient.sign().item() == (new - old) / 22.0
+
+
+# ---- float32 on a GPU ----
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_float32_is_rounded_to_tf32_only_by_choice(precision, expected):
+    """PyTorch itself would round in convolutions, but not in matrix products."""
+    for before in (True, False):
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = before
+        ppo_atari.prepare(make_args(ppo_atari, precision=precision, device="cpu"))
+        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == expected
 
 
 # ---- one vector of all parameters ----
@@ -512,7 +529,7 @@ def rollout_on(device: torch.device, case, agent, args, seed: int = 0):
 
 @pytest.mark.slow
 @over_cases(CASES)
-@pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=needs_gpu)], ids=str)
+@over_devices
 def test_compiled_learning_is_learning(case, device, compiling, monkeypatch, capsys):
     """On every minibatch of 3 iterations, in which β, the old policy and the statistics change."""
     target = {"kl_target": 1e-6} if case in KL_CASES else {}
