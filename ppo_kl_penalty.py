@@ -922,8 +922,8 @@ def process_group(args: Args) -> Iterator[Args]:
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # then it outlives an attempt, and
                 # a restart finds the addresses of the dead in it, unless each attempt has its own prefix
                 store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-            # Gloo for what is on a CPU, NCCL for what is on a GPU
-            distributed.init_process_group(store=store, rank=rank(), world_size=world_size())
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            distributed.init_process_group(backend=backend, store=store, rank=rank(), world_size=world_size())
             stack.callback(distributed.destroy_process_group)
         if rank() > 0:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))

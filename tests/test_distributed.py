@@ -740,6 +740,22 @@ def test_attempts_share_no_keys(script, monkeypatch, shared):
     assert store.check(["3/address" if shared == "True" else "address"])
 
 
+@over_scripts(SCRIPTS)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_gloo_for_a_cpu_and_nccl_for_a_gpu(script, monkeypatch, gpu):
+    """Beside a GPU some tensors are still on the CPU; by itself torch would start NCCL alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(distributed, "rendezvous", lambda _: iter([(distributed.HashStore(), 0, 2)]))
+    started = {}
+    monkeypatch.setattr(distributed, "init_process_group", lambda **options: started.update(options))
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
+    with script.process_group(run_args(script)):
+        found = distributed.distributed_c10d.BackendConfig(distributed.Backend(started["backend"]))
+    assert found.get_device_backend_map()["cpu"] == "gloo"
+    assert (found.get_device_backend_map()["cuda"] == "nccl") == gpu
+
+
 # ---- one process ----
 
 

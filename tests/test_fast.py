@@ -32,15 +32,14 @@ from fakes import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.distributions import Categorical, Independent, Normal, kl_divergence
+from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 
 import ppo_atari
 import ppo_continuous
 import ppo_kl_penalty
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-over_devices = pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=needs_gpu)], ids=str)
+over_devices = pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=pytest.mark.gpu)], ids=str)
 over_vector_scripts = over_scripts([ppo_continuous, ppo_kl_penalty])
 
 
@@ -507,6 +506,11 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def recorded() -> int:
+    """Grows whenever a CUDA graph is recorded."""
+    return torch._dynamo.utils.counters["inductor"]["cudagraph_recorded_non_static_inputs"]
+
+
 def small_cnn(channels: int) -> nn.Sequential:  # (M, channels, 84, 84) -> (M, 512)
     layers = [nn.Conv2d(channels, 4, 12, stride=12), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 7 * 7, 512)]
     return nn.Sequential(*layers, nn.ReLU())
@@ -549,10 +553,13 @@ def test_compiled_learning_is_learning(case, device, compiling, monkeypatch, cap
         norms.append(others["losses/grad_norm"].item())
         return gradient, metrics
 
+    recordings = set()
     for iteration in range(3):
         rollout = rollout_on(device, case, agent, args, iteration)
         metrics = case.script.update(agent, optimizer, rollout, args, compared)
         coefs.add(metrics.get("charts/kl_coef", iteration))
+        recordings.add(recorded())
+    assert len(recordings) == 1 and (recordings == {0}) == (device == CPU)
     assert len(norms) == len(set(norms)) == 24
     assert len(coefs) == 3
     assert graphs() == 1
@@ -562,7 +569,7 @@ def test_compiled_learning_is_learning(case, device, compiling, monkeypatch, cap
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "device"),
-    [(ATARI, CPU), *(pytest.param(case, GPU, marks=needs_gpu) for case in CASES)],
+    [(ATARI, CPU), *(pytest.param(case, GPU, marks=pytest.mark.gpu) for case in CASES)],
     ids=lambda x: getattr(x, "name", str(x)),
 )
 @torch.no_grad()
@@ -580,7 +587,7 @@ def test_compiled_acting_is_acting(case, device, compiling, monkeypatch, capsys)
         close(found, expected, rtol=rtol, atol=0.1 * rtol)
     actions = [found[0] if case is ATARI else found for found, _ in results]
     assert not torch.equal(actions[0], actions[1])
-    assert graphs() == 1
+    assert graphs() == 1 and (recorded() == 0) == (device == CPU)
     assert capsys.readouterr().out == ""
 
 
@@ -636,10 +643,11 @@ def waits(function) -> int:
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @over_cases(CASES)
-def test_minibatches_do_not_wait_for_the_gpu(case):
+def test_minibatches_do_not_wait_for_the_gpu(case, monkeypatch):
     """Only the beginning and the end of an update do."""
+    monkeypatch.setattr(Distribution, "_validate_args", False)  # as prepare() does
     counts = []
     for epochs in (1, 4):
         args, agent = make_args(case.script, update_epochs=epochs), make_agent(case).to(GPU)
@@ -657,7 +665,7 @@ ENVIRONMENTS = {
 }
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.slow
 @over_scripts(SCRIPTS)
 def test_a_run_on_a_gpu_is_that_on_the_cpu(script, compiling, monkeypatch, tmp_path, capsys):
