@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.15"
 # dependencies = [
 #     "torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "ale-py==0.12.1", "tyro==1.0.17",
 #     "mujoco==4.0.0; python_version >= '3.11'", "mujoco==3.17.0; python_version < '3.11'", "tqdm==4.70.1",
@@ -298,7 +298,8 @@ class Agent(nn.Module):
         self.critic = init(nn.Linear(512, 1), gain=1.0)
 
     def forward(self, obs: Tensor) -> tuple[Categorical, Tensor]:  # uint8 (M, *obs) -> π(·|s), V(s) (M,)
-        x = (obs.to(self.dtype) / 255.0).contiguous(memory_format=torch.channels_last)  # a tenth faster
+        layout = torch.contiguous_format if obs.device.type == "mps" else torch.channels_last
+        x = (obs.to(self.dtype) / 255.0).contiguous(memory_format=layout)  # whichever is faster
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             hidden = self.network(x)
             value_hidden = hidden if self.value_network is None else self.value_network(x)
@@ -660,6 +661,10 @@ def replace_file(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        for _ in range(20):
+            with suppress(PermissionError):  # on Windows, while --evaluate or a scanner reads the old file
+                return os.replace(beside, path)
+            time.sleep(0.1)
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
@@ -916,7 +921,8 @@ def init_wandb(args: Args, run_dir: Path):
 
 def prepare(args: Args, iteration: int = 0) -> torch.device:
     """Returns the device; prepares torch for it, and seeds everybody's random numbers."""
-    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    mps = torch.backends.mps.is_available() and world_size() == 1  # for which torchrun has no means
+    auto = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     name = auto if args.device == "auto" else args.device
     known = re.fullmatch(r"cpu|(cuda|mps)(:\d+)?", name)
     require(known is not None, f"--device {name}: not auto, cpu, cuda, cuda:1 or mps")
@@ -931,6 +937,8 @@ def prepare(args: Args, iteration: int = 0) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         warnings.filterwarnings("ignore", "TensorFloat32")  # the compiler suggests it
+    if device.type == "mps":  # the compiler would take the layout that is slow there
+        os.environ.setdefault("TORCHINDUCTOR_LAYOUT_OPTIMIZATION", "0")
     torch.manual_seed(args.seed)
     entropy = [args.seed % 2**32, iteration, rank()]
     np.random.seed(entropy)  # these two for environments that draw from them

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.15"
 # dependencies = [
 #     "torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "ale-py==0.12.1", "tyro==1.0.17",
 #     "mujoco==4.0.0; python_version >= '3.11'", "mujoco==3.17.0; python_version < '3.11'", "tqdm==4.70.1",
@@ -196,6 +196,10 @@ class Envs:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 np.random.seed(seed)
                 random.seed(seed)
+            if rendering and sys.platform == "linux" and "DISPLAY" not in os.environ:
+                os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo and pygame draw without it, if told to
+                if videos:
+                    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
             env = gym.make(args.env_id, disable_env_checker=True, **rendering)
             if rendering and hasattr(env.unwrapped, "mujoco_renderer"):
                 with suppress(KeyError):  # the camera that follows the robot, where there is one
@@ -206,10 +210,6 @@ class Envs:
         self.seeds = np.random.SeedSequence(seed).generate_state(self.first + num_envs)[self.first :].tolist()
         pid = os.getpid()
         rendering = {"render_mode": "rgb_array"} if videos or args.render else {}
-        if rendering and sys.platform == "linux" and "DISPLAY" not in os.environ:
-            os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo and pygame draw without a display, if told to
-            if videos:
-                os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         vectorize = gym.vector.AsyncVectorEnv if args.async_envs else QuietSyncVectorEnv
         try:
             makers = [partial(make_env, seed) for seed in self.seeds]
@@ -690,6 +690,10 @@ def replace_file(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        for _ in range(20):
+            with suppress(PermissionError):  # on Windows, while --evaluate or a scanner reads the old file
+                return os.replace(beside, path)
+            time.sleep(0.1)
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)

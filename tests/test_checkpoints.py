@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -729,6 +730,28 @@ def test_all_or_nothing(script, step, tmp_path, monkeypatch):
     assert contents(tmp_path) == {path: b"old"}
     script.replace_file(path, b"new")
     assert contents(tmp_path) == {path: b"new"}
+
+
+@pytest.mark.parametrize("readings", [3, math.inf])
+@over_scripts(SCRIPTS)
+def test_a_file_that_is_being_read(script, readings, tmp_path, monkeypatch):
+    """Windows does not replace it then; a scanner or an evaluation is done soon."""
+    path, tries, rename = tmp_path / "some.pt", [], os.replace
+    script.replace_file(path, b"old")
+
+    def replace(*names):
+        tries.append(names)
+        return rename(*names) if len(tries) > readings else forbid()
+
+    def forbid():
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(script.time, "sleep", lambda seconds: None)
+    with pytest.raises(OSError, match=r"some\.pt .*denied") if readings == math.inf else nullcontext():
+        script.replace_file(path, b"new")
+    assert contents(tmp_path) == {path: b"old" if readings == math.inf else b"new"}
+    assert 3 < len(tries) < 100
 
 
 @over_scripts(SCRIPTS)

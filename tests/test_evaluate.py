@@ -2,6 +2,8 @@
 
 import csv
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import random
 import re
 import shutil
@@ -703,6 +705,24 @@ def break_recording(monkeypatch, script, what: str) -> None:
         monkeypatch.setattr(ppo_atari.VisibleAtariVectorEnv, "render", fail)
     else:
         monkeypatch.setattr(gym.vector.SyncVectorEnv, "render", fail)
+
+
+@pytest.mark.slow
+def test_processes_tell_themselves_how_to_draw(tmp_path, monkeypatch):
+    """As Python 3.14 does it, they come from a process that is older than the wish for pictures."""
+    for name in ("DISPLAY", "MUJOCO_GL", "PYOPENGL_PLATFORM", "SDL_VIDEODRIVER"):
+        monkeypatch.delenv(name, raising=False)
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        multiprocessing.forkserver.ensure_running()
+        args, videos = small_args(ppo_continuous, env_id="Hopper-v5", async_envs=True), tmp_path / "a" / "b"
+        with closing(ppo_continuous.Envs(args, 1, 0, training=False, videos=videos)) as envs:
+            envs.reset()
+            (picture,) = envs.envs.render()
+    finally:
+        multiprocessing.set_start_method(method, force=True)
+    assert np.ptp(picture.astype(int)) > 50
 
 
 over_failures = pytest.mark.parametrize(

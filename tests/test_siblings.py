@@ -88,7 +88,7 @@ DIFFERENCES = {
     "accelerate": ("atari", "see numpy_act"),
 }
 # Resuming, evaluation, videos and torchrun take as many lines as the algorithm; each script brings its own.
-MAX_LINES, MAX_FUNCTION, MAX_TRAIN, MAX_COLUMNS, MAX_NESTING = 1130, 50, 59, 110, 3
+MAX_LINES, MAX_FUNCTION, MAX_TRAIN, MAX_COLUMNS, MAX_NESTING = 1134, 50, 59, 110, 3
 
 
 def path_of(script: str) -> Path:
@@ -216,8 +216,8 @@ def test_inline_metadata_has_the_pins_of_requirements_txt(script):
 @over_scripts
 def test_syntax_is_that_of_the_oldest_python_it_promises(script):
     requires_python, _ = inline_metadata(sources()[script])
-    oldest = tuple(map(int, re.fullmatch(r">=(\d+)\.(\d+)", requires_python).groups()))
-    assert oldest == (3, 10)
+    oldest = tuple(map(int, re.match(r">=(\d+)\.(\d+)", requires_python).groups()))
+    assert requires_python == ">=3.10,<3.15"  # what it pins has no wheels for 3.15
     ast.parse(sources()[script], feature_version=oldest)
 
 
