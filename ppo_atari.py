@@ -78,7 +78,7 @@ class Setup:
     torch_deterministic: bool = True  # only repeatable cuDNN algorithms
     compile: bool = True  # torch.compile for acting and learning, and CUDA graphs on a GPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto is a GPU where there is one
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of the convolutions; auto: bf16 if faster
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of the network; auto: bf16 where faster
     track: bool = False  # log to Weights & Biases as well, offline where nobody is logged in
     wandb_project_name: str = "ppo"  # project in Weights & Biases
     wandb_entity: str | None = None  # team in Weights & Biases

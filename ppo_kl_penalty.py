@@ -74,7 +74,7 @@ class Setup:
     evaluate: str | None = None  # only play, with the agent of this run folder or checkpoint file
     exp_name: str = "ppo_kl_penalty"  # name of the experiment, part of the default run name
     torch_deterministic: bool = True  # only repeatable cuDNN algorithms
-    compile: bool = True  # torch.compile for acting and learning, and CUDA graphs on a GPU
+    compile: bool = True  # torch.compile for learning, NumPy for acting; CUDA graphs on a GPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto is the CPU, faster for networks this small
     track: bool = False  # log to Weights & Biases as well, offline where nobody is logged in
     wandb_project_name: str = "ppo"  # project in Weights & Biases
@@ -388,9 +388,11 @@ def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int, act=a
             cut_values[t] = agent.value(torch.from_numpy(step.final_obs).to(device))
         obs = torch.from_numpy(step.obs).to(device)
     outcome = np.array(followed, dtype=np.float32)  # (T, 3, N)
+    all_obs, all_actions = (torch.stack(rows) for rows in zip(*acted, strict=True))
+    if not (np.isfinite(outcome).all() and all_obs.isfinite().all()):  # all statistics would be, too
+        raise FloatingPointError("an observation or a reward of the environment is NaN or infinite")
     outcome[:, 0] = envs.scale(outcome[:, 0], outcome[:, 2])
     rewards, terminations, dones = torch.from_numpy(outcome).to(device).unbind(1)
-    all_obs, all_actions = (torch.stack(rows) for rows in zip(*acted, strict=True))
     policy, values = agent(all_obs.flatten(0, 1))  # of all steps at once: acting needs neither
     logprobs = policy.log_prob(all_actions.flatten(0, 1)).view_as(rewards)
     values = values.view_as(rewards)

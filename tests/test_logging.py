@@ -21,11 +21,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import wandb
 from fakes import SCRIPTS, over_scripts
+from gymnasium.spaces import Box
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_atari
@@ -326,6 +328,39 @@ def test_a_bad_loss_stops_training(script, bad, here, monkeypatch):
     assert [step for step, _ in found["losses/value_loss"]] == [args.batch_size]
     assert episodes(here / "runs" / "test") is not None
     assert json.loads((here / "runs" / "test" / "args.json").read_text())
+
+
+class Broken(gym.Env):
+    """Its 42nd step returns what no learner can use."""
+
+    action_space = Box(-1.0, 1.0, (1,))
+    observation_space = Box(-math.inf, math.inf, (1,))
+
+    def __init__(self, obs: float = 0.0, reward: float = 0.0):
+        self.bad, self.steps = (obs, reward), 0
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, dtype=np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        obs, reward = self.bad if self.steps == 42 else (0.0, 0.0)
+        return np.full(1, obs, dtype=np.float32), reward, self.steps % 5 == 0, False, {}
+
+
+@over_scripts([ppo_continuous, ppo_kl_penalty])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("name", ["obs", "reward"])
+def test_a_broken_environment_stops_training(script, name, value, here):
+    """Before anything is learned from it: statistics would be NaN from then on, hidden by their clipping."""
+    gym.register("Broken-v0", Broken, kwargs={name: value})
+    try:
+        args = short_args(script, env_id="Broken-v0", num_envs=1, num_steps=32, total_timesteps=128)
+        with pytest.raises(FloatingPointError, match=r"^an observation or a reward .* NaN or infinite$"):
+            script.train(args)
+    finally:
+        gym.registry.pop("Broken-v0")
+    assert [step for step, _ in scalars(here / "runs" / "test")["losses/value_loss"]] == [32]
 
 
 @over_scripts(SCRIPTS)
