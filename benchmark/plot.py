@@ -39,6 +39,7 @@ README_ROWS = (
     ("classic", "LunarLander-v3", "ppo_kl_penalty.py", "recipe", "", ""),
     ("classic", "CartPole-v1", "ppo_kl_penalty.py", "defaults", "", ""),
     ("pong/bf16", "PongNoFrameskip-v4", "ppo_atari.py", "recipe", "20.36 ± 0.20 (10M)", "20.5 (10M)"),
+    ("atari", "BreakoutNoFrameskip-v4", "ppo_atari.py", "defaults", "415 ± 28 (10M)", "407 (10M)"),
 )
 
 # Studies that change one thing of the runs of another one, which are shown beside them: its name, their label
@@ -48,7 +49,7 @@ BESIDE = {"eager": ("mujoco", "compiled"), "interrupted": ("mujoco", "left alone
 def load(study: Path) -> dict[tuple[str, str], list[dict]]:
     """The runs of a study by environment and script (and subfolder), in order of seeds."""
     runs = defaultdict(list)
-    paths = study.rglob("*__*.json")  # ENV__SCRIPT__SEED, seed 10 after 9
+    paths = study.rglob("*__*.json")  # ENV__SCRIPT__SEED, seed 10 after 9; .part of one that was stopped
     for path in sorted(paths, key=lambda path: (len(path.name), path)):
         run = json.loads(path.read_text())
         part = f", {path.parent.name}" if path.parent != study else ""
@@ -101,14 +102,20 @@ def per_seed(finals: np.ndarray, digits: int = 1) -> tuple[str, str]:
     return ", ".join(f"{x:.{digits}f}" for x in finals), f"{finals.mean():.{digits}f}{spread}"
 
 
+def steps_of(group: list[dict]) -> int:
+    """As many as were asked for, or fewer where a run was stopped: its last episode ended long before."""
+    asked = group[0]["args"]["total_timesteps"]
+    taken = min(run.get("global_step", asked) for run in group)
+    return asked if taken > 0.95 * asked else taken
+
+
 def tabulate(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
     rows = ["| environment | script | steps | final return per seed | mean ± sd | minutes per run |"]
     rows.append("|---|---|---|---|---|---|")
     for (env_id, script), group in runs.items():
         finals = np.array([run["final_mean_return"] for run in group])
-        steps = group[0]["args"]["total_timesteps"]
         minutes = np.median([run["wall_time"] for run in group]) / 60
-        cells = (env_id, script, f"{steps:,}", *per_seed(finals), f"{minutes:.1f}")
+        cells = (env_id, script, f"{steps_of(group):,}", *per_seed(finals), f"{minutes:.1f}")
         rows.append(f"| {' | '.join(cells)} |")
     (study / "table.md").write_text("\n".join(rows) + "\n")
 
@@ -120,7 +127,7 @@ def results() -> list[str]:
     for study, env_id, script, arguments, *published in README_ROWS:
         if group := load(RESULTS / study).get((env_id, script)):
             finals = np.array([run["final_mean_return"] for run in group])
-            steps = f"{group[0]['args']['total_timesteps'] / 1e6:.2g}M"
+            steps = f"{steps_of(group) / 1e6:.2g}M"
             each, mean = per_seed(finals, digits=0 if abs(finals).max() >= 100 else 1)
             others = [text or "–" for text in published]
             rows.append(f"| {' | '.join((env_id, f'`{script}`', steps, arguments, each, mean, *others))} |")

@@ -164,8 +164,15 @@ def write_runs(folder: Path, task: str, script: str, finals: list[float], **more
     folder.mkdir(parents=True, exist_ok=True)
     about = {"args": {"env_id": task, "total_timesteps": 1000}, "script": script, "wall_time": 60.0}
     for seed, final in enumerate(finals, 1):
-        run = about | {"final_mean_return": final} | more
+        run = about | {"final_mean_return": final, "global_step": 1000} | more
         (folder / f"{task}__{Path(script).stem}__{seed}.json").write_text(json.dumps(run))
+
+
+@pytest.mark.parametrize(("last_episodes", "shown"), [([999, 960], "1,000"), ([999, 612], "612")])
+def test_a_run_that_was_stopped_shows_where(last_episodes, shown):
+    """The last episode of a whole one ends some steps before the last step."""
+    runs = [{"args": {"total_timesteps": 1000}, "global_step": step} for step in last_episodes]
+    assert f"{plot.steps_of(runs):,}" == shown
 
 
 def test_the_table_of_the_paper(project):
