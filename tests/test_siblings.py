@@ -20,6 +20,7 @@ DIFFERENCES = {
     "docstring": ("all", "each says what it is and cites what it uses"),
     "imports": ("all", "each imports what it uses"),
     "Setup.exp_name": ("all", "the script's own name"),
+    "Setup.compile": ("atari", "see numpy_act"),
     "Setup.device": ("atari", "a GPU pays for the convolutional network only"),
     "Setup.precision": ("atari", "bf16 pays for the convolutional network only"),
     "Args.env_id": ("all", "each has an example of its own"),
