@@ -51,6 +51,8 @@ def load(study: Path) -> dict[tuple[str, str], list[dict]]:
     runs = defaultdict(list)
     paths = study.rglob("*__*.json")  # ENV__SCRIPT__SEED, seed 10 after 9; .part of one that was stopped
     for path in sorted(paths, key=lambda path: (len(path.name), path)):
+        if ".part." in path.name and path.with_name(path.name.replace(".part", "")).exists():
+            continue  # finished since
         run = json.loads(path.read_text())
         part = f", {path.parent.name}" if path.parent != study else ""
         runs[run["args"]["env_id"], run["script"] + part].append(run)

@@ -175,6 +175,16 @@ def test_a_run_that_was_stopped_shows_where(last_episodes, shown):
     assert f"{plot.steps_of(runs):,}" == shown
 
 
+def test_a_run_that_was_finished_since_counts_once(project):
+    folder = project / "benchmark" / "results" / "atari"
+    write_runs(folder, "A-v5", "ppo_atari.py", [1.0, 2.0])
+    (folder / "A-v5__ppo_atari__2.json").rename(folder / "A-v5__ppo_atari__2.part.json")
+    both = [run["final_mean_return"] for run in plot.load(folder)["A-v5", "ppo_atari.py"]]
+    write_runs(folder, "A-v5", "ppo_atari.py", [1.0, 3.0])
+    assert both == [1.0, 2.0]
+    assert [run["final_mean_return"] for run in plot.load(folder)["A-v5", "ppo_atari.py"]] == [1.0, 3.0]
+
+
 def test_the_table_of_the_paper(project):
     """Scores by hand: task A goes from 10 to 110, task B from -1 to 1."""
     folder = project / "benchmark" / "results" / "paper"
