@@ -213,7 +213,13 @@ def paper(folder: Path) -> list[str]:
         texts = [objective, str(runs), score, interval, f"{PAPER_SCORES[objective]:.2f}", *cells]
         rows.append(f"| {' | '.join(texts)} |")
     ends = ", ".join(f"{task} {floor[task]:.1f} to {best[task]:.1f}" for task in floor)
-    (folder / "table.md").write_text("\n".join([*rows, "", f"Scores 0 to 1 stand for: {ends}."]) + "\n")
+    rows += ["", f"Scores 0 to 1 stand for: {ends}.", ""]
+    rows += [f"| each seed | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
+    for objective, of in finals.items():
+        if of:
+            cells = [per_seed(of[task])[0] if task in of else "" for task in floor]
+            rows.append(f"| {objective} | {' | '.join(cells)} |")
+    (folder / "table.md").write_text("\n".join(rows) + "\n")
     short = ["| objective | score | 95 % | paper |", "|---|---|---|---|"]
     for objective, (score, low, high) in shown.items():
         interval = f"{low:.2f} to {high:.2f}" if low < high else ""

@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
 RUNNING: set[subprocess.Popen] = set()
+STARTING = threading.RLock()  # a second SIGTERM may come while the first is handled
+STOPPING = threading.Event()
 
 MUJOCO_TASKS = "HalfCheetah Hopper Walker2d Swimmer InvertedDoublePendulum Ant Humanoid".split()
 SEEDS = {"HalfCheetah": 10}  # instead of 5: some seeds end twice as high as others
@@ -164,10 +167,18 @@ class Run:
         return RESULTS / self.study / f"{self.name}.json"
 
 
-def execute(run: Run, threads: int, baseline: str, cleanrl: Path) -> str | None:
-    """Trains, unless that was done before, and writes the summary; returns what went wrong, if anything."""
+def attempt(run: Run, *how) -> str | None:
+    """Returns what went wrong, if anything, so that the other runs go on."""
+    try:
+        execute(run, *how)
+    except Exception as error:
+        return f"{run.study}, {run.name}: {error}"
+
+
+def execute(run: Run, threads: int, baseline: str, cleanrl: Path) -> None:
+    """Trains, unless that was done before, and writes the summary."""
     if run.result.exists():
-        return None
+        return
     run_dir = ROOT / "runs" / f"{run.study.replace('/', '-')}__{run.name}"
     arguments = f"{run.script} --env-id {run.env_id} --seed {run.seed} {run.flags}".strip()
     command, launcher, folder = f"python {arguments}", [sys.executable], ROOT
@@ -179,28 +190,32 @@ def execute(run: Run, threads: int, baseline: str, cleanrl: Path) -> str | None:
     if run.script == CLEANRL_SCRIPT:
         shutil.rmtree(run_dir, ignore_errors=True)
         run_dir.mkdir(parents=True)
+        about = describe_cleanrl(run, threads, baseline, cleanrl)
         launcher, folder, words = [baseline], run_dir, [cleanrl / run.script, *shlex.split(arguments)[1:]]
-    print(command, flush=True)
     surroundings = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     surroundings["PYTHONPATH"] = str(ROOT / "benchmark")  # of unclipped.py
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*launcher, *words], cwd=folder, env=os.environ | surroundings, **pipes) as process:
+    with STARTING:
+        if STOPPING.is_set():
+            return
+        print(command, flush=True)
+        process = subprocess.Popen([*launcher, *words], cwd=folder, env=os.environ | surroundings, **pipes)
         RUNNING.add(process)
-        _, errors = process.communicate()
-        RUNNING.discard(process)
+    _, errors = process.communicate()
+    RUNNING.discard(process)
     if process.returncode:
-        return f"{command}\n{errors}"
+        raise RuntimeError(f"{command}\n{errors}")
     if run.script == CLEANRL_SCRIPT:
-        about = describe_cleanrl(run, threads, baseline, cleanrl)
         summary = summarize(command, episodes_in_tensorboard(run_dir), about)
     else:
         about = json.loads((run_dir / "args.json").read_text())
         summary = summarize(command, episodes_in_csv(run_dir), about)
     summary["processor"] = speed.processor()
     run.result.parent.mkdir(parents=True, exist_ok=True)
-    run.result.write_text(json.dumps(summary) + "\n")
+    part = run.result.with_suffix(".tmp")  # a full disk leaves no half of a summary
+    part.write_text(json.dumps(summary) + "\n")
+    part.replace(run.result)
     print(f"{run.result.relative_to(ROOT)} written", flush=True)
-    return None
 
 
 def episodes_in_csv(run_dir: Path) -> list[tuple[int, float, float]]:  # (global_step, wall_time, return)
@@ -234,8 +249,10 @@ def describe_cleanrl(run: Run, threads: int, baseline: str, cleanrl: Path) -> di
 
 def stop(number: int, _) -> None:
     """Ends the runs as well: all but those of CleanRL save themselves, and go on when started again."""
-    for process in [*RUNNING]:
-        process.send_signal(number)
+    STOPPING.set()
+    with STARTING:
+        for process in [*RUNNING]:
+            process.send_signal(number)
     sys.exit(128 + number)
 
 
@@ -303,7 +320,7 @@ def main(
     ]
     runs.sort(key=lambda run: run.seed)  # stopped early, every study has some of its seeds
     with ThreadPoolExecutor(workers) as pool:
-        results = pool.map(lambda run: execute(run, threads, baseline, Path(cleanrl).resolve()), runs)
+        results = pool.map(lambda run: attempt(run, threads, baseline, Path(cleanrl).resolve()), runs)
         failures = [failure for failure in results if failure]
     if failures:
         sys.exit("\n".join(["these runs failed:", *failures]))

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -41,14 +42,18 @@ CONTESTS = {
     },
     "HalfCheetah": {
         "ours": "{python} {root}/ppo_continuous.py --env-id HalfCheetah-v5 --total-timesteps 30720",
+        "ours, 1 environment": "{python} {root}/ppo_continuous.py --env-id HalfCheetah-v5"
+        " --total-timesteps 30720 --num-envs 1 --num-steps 2048",
         "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_continuous_action.py --env-id HalfCheetah-v4"
         " --total-timesteps 14336 --no-cuda",
         "Stable-Baselines3": "{sb3} {root}/benchmark/sb3.py HalfCheetah-v5 14336",
         "LeanRL": "{lean} {leanrl}/leanrl/ppo_continuous_action_torchcompile.py --env-id HalfCheetah-v4"
-        " --total-timesteps 24576 --compile --no-cuda",
+        " --total-timesteps 24576 --compile --no-cuda --measure-burnin 4",
     },
     "Hopper": {
         "ours": "{python} {root}/ppo_continuous.py --env-id Hopper-v5 --total-timesteps 30720",
+        "ours, 1 environment": "{python} {root}/ppo_continuous.py --env-id Hopper-v5"
+        " --total-timesteps 30720 --num-envs 1 --num-steps 2048",
         "KL penalty": "{python} {root}/ppo_kl_penalty.py --env-id Hopper-v5 --total-timesteps 30720",
         "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_continuous_action.py --env-id Hopper-v4"
         " --total-timesteps 14336 --no-cuda",
@@ -72,11 +77,13 @@ PARTS = ("env", "act", "update")
 class Measurement:
     steps_per_second: float
     peak_megabytes: float
+    first_iteration: float | None  # seconds from the command to its end
     parts: tuple[float, ...]  # microseconds per step in PARTS; empty for the baselines
 
 
 def measure(command: str, folder: Path, environment: dict[str, str]) -> Measurement:
     """Runs a command in an empty folder and reads what it wrote below runs/."""
+    start = time.time()
     process = subprocess.Popen(
         shlex.split(command), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -86,15 +93,16 @@ def measure(command: str, folder: Path, environment: dict[str, str]) -> Measurem
     if process.returncode:
         raise RuntimeError(f"{command}\n{output[-2000:]}")
     if rates := re.findall(r"speed: *([\d.]+) sps", output):
-        return Measurement(float(rates[-1]), usage.ru_maxrss / 1024, ())
+        return Measurement(float(rates[-1]), usage.ru_maxrss / 1024, None, ())
     (events,) = folder.glob("runs/*/events.out.tfevents.*")
     reader = EventAccumulator(str(events)).Reload()
     rate_tag = "charts/SPS" if "charts/SPS" in reader.Tags()["scalars"] else "time/fps"
-    first, *_, last = reader.Scalars(rate_tag)[BURN_IN - 1 :]
+    points = reader.Scalars(rate_tag)
+    first, *_, last = points[BURN_IN - 1 :]
     rate = (last.step - first.step) / (last.wall_time - first.wall_time)
     tags = [f"time/{part}" for part in PARTS if f"time/{part}" in reader.Tags()["scalars"]]
     parts = [statistics.median(point.value for point in reader.Scalars(tag)[BURN_IN:]) for tag in tags]
-    return Measurement(rate, usage.ru_maxrss / 1024, tuple(parts))
+    return Measurement(rate, usage.ru_maxrss / 1024, points[0].wall_time - start, tuple(parts))
 
 
 def processor() -> str:
@@ -121,6 +129,21 @@ def sweep(words: dict, environment: dict[str, str]) -> dict[str, dict[int, dict[
             parts = {part: round(value, 1) for part, value in zip(PARTS, one.parts, strict=True)}
             rows.setdefault(name, {})[num_envs] = {"steps_per_second": round(one.steps_per_second), **parts}
             print(name, num_envs, rows[name][num_envs], flush=True)
+    return rows
+
+
+def first_iterations(rounds: int, words: dict, environment: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Median seconds from the command to the first iteration's end, with PyTorch's caches empty and warm."""
+    rows = {}
+    for name in SWEEPS:
+        seconds = {"empty": [], "warm": []}
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as cache:
+                for state in seconds:
+                    one = run(CONTESTS[name]["ours"], words, environment | {"TORCHINDUCTOR_CACHE_DIR": cache})
+                    seconds[state].append(one.first_iteration)
+        rows[name] = {state: round(statistics.median(values), 1) for state, values in seconds.items()}
+        print(name, "first iteration, seconds:", rows[name], flush=True)
     return rows
 
 
@@ -164,6 +187,9 @@ def tabulate(report: dict) -> str:
         for num_envs, row in numbers.items():
             split = ", ".join(f"{row[part]:.0f}" for part in PARTS)
             rows.append(f"| {name} | {num_envs} | {row['steps_per_second']} | {split} |")
+    rows += ["", "| first iteration, s after the command | compiler's cache empty | warm |", "|---|---|---|"]
+    for name, seconds in report.get("first_iteration", {}).items():
+        rows.append(f"| {name} | {seconds['empty']} | {seconds['warm']} |")
     return "\n".join(rows) + "\n"
 
 
@@ -193,11 +219,12 @@ def main(rounds: int, checkouts: dict[str, str], interpreters: dict[str, str]) -
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "speed.json"
     machine = f"{processor()}, {os.cpu_count()} cores, {platform.platform()}"
-    report = json.loads(path.read_text()) if path.exists() else {"machine": machine, "contests": {}}
-    if report["machine"] != machine:
-        sys.exit(f"{path} is of another machine ({report['machine']}): move it away to measure this one")
-    report["versions"] = {name: version(name) for name in ("torch", "gymnasium", "ale-py", "mujoco", "numpy")}
-    report["burn_in_iterations"] = BURN_IN
+    versions = {name: version(name) for name in ("torch", "gymnasium", "ale-py", "mujoco", "numpy")}
+    about = {"machine": machine, "versions": versions, "burn_in_iterations": BURN_IN}
+    report = json.loads(path.read_text()) if path.exists() else about | {"contests": {}}
+    for name, value in about.items():
+        if report[name] != value:
+            sys.exit(f"{path} is of another {name} ({report[name]}): move it away to measure this one")
     for contest, sides in CONTESTS.items():
         if contest in report["contests"]:
             continue
@@ -215,6 +242,9 @@ def main(rounds: int, checkouts: dict[str, str], interpreters: dict[str, str]) -
             }
             for side, command in sides.items()
         }
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    if "first_iteration" not in report:
+        report["first_iteration"] = first_iterations(rounds, words, environment)
         path.write_text(json.dumps(report, indent=1) + "\n")
     if "sweep" not in report:
         report["sweep"] = sweep(words, environment)

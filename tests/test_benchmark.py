@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -83,6 +82,16 @@ def test_a_failure_is_reported_and_leaves_no_result(project):
     with pytest.raises(SystemExit, match=r"these runs failed:(.|\n)*--gamma must be between 0 and 1"):
         runner.main(("wrong",), workers=1)
     assert not (project / "benchmark" / "results" / "wrong").exists()
+
+
+def test_a_run_that_cannot_start_does_not_keep_the_others(project, monkeypatch):
+    """CleanRL without its interpreter, for example."""
+    wrong = [(runner.CLEANRL_SCRIPT, "Hopper-v4", 1, "--total-timesteps 1500")]
+    small = [("ppo_kl_penalty.py", "CartPole-v1", 2, FLAGS)]
+    monkeypatch.setattr(runner, "STUDIES", {"wrong": wrong, "small": small})
+    with pytest.raises(SystemExit, match=r"these runs failed:\nwrong, Hopper-v4__\w+__1: .*none"):
+        runner.main(("all",), workers=1, baseline="/none", cleanrl="/none")
+    assert len(list((project / "benchmark" / "results" / "small").iterdir())) == 2
 
 
 def test_sigterm_ends_the_runs_as_well(project):
@@ -202,7 +211,13 @@ def test_the_table_of_the_paper(project):
     assert rows[0] == "| none | 4 | 0.00 | -0.25 to 0.25 | -0.39 | 10.0 | -1.0 |"
     assert rows[1] == "| clip-0.2 | 4 | 0.88 | 0.75 to 1.00 | 0.82 | 85.0 | 1.0 |"
     assert rows[2] == "| fixed-1 | 2 |  |  | 0.71 | 60.0 |  |"  # no score before every task is there
-    assert rows[-1] == "Scores 0 to 1 stand for: A-v5 10.0 to 110.0, B-v5 -1.0 to 1.0."
+    assert rows[4] == "Scores 0 to 1 stand for: A-v5 10.0 to 110.0, B-v5 -1.0 to 1.0."
+    assert rows[6] == "| each seed | A | B |"
+    assert rows[8:] == [
+        "| none | 10.0, 10.0 | -2.0, 0.0 |",
+        "| clip-0.2 | 110.0, 60.0 | 1.0, 1.0 |",
+        "| fixed-1 | 60.0, 60.0 |  |",
+    ]
     assert (folder / "table1.png").exists()
 
 
@@ -256,22 +271,42 @@ def test_the_model_of_scaling():
     assert scaling.predict(3.0, 2, 320, 1_000, 1e-4, 1e9) == pytest.approx(expected)
 
 
-def test_speeds_of_two_machines_are_not_mixed(tmp_path, monkeypatch):
-    """Another machine ends with a line; on the same one nothing is measured twice."""
+@pytest.mark.parametrize("name", ["machine", "versions", "burn_in_iterations"])
+def test_speeds_of_two_surroundings_are_not_mixed(name, tmp_path, monkeypatch):
+    """Another machine or version ends with a line; in the same nothing is measured twice."""
     monkeypatch.setattr(plot.speed, "RESULTS", tmp_path)
-    monkeypatch.setattr(plot.speed, "CONTESTS", {"Pong": {}})
-    monkeypatch.setattr(plot.speed, "processor", lambda: "this")
-    monkeypatch.setattr(plot.speed, "run", lambda *_: pytest.fail("measures what is there"))
-    sides = {"CleanRL": {"steps_per_second": [100.0], "peak_megabytes": [1]}}
-    report = {"machine": "other, 2 cores", "contests": {"Pong": sides}, "sweep": {}}
+    monkeypatch.setattr(plot.speed, "CONTESTS", {"Pong": {"CleanRL": "", "ours": ""}})
+    monkeypatch.setattr(plot.speed, "SWEEPS", {})
+    monkeypatch.setattr(plot.speed, "run", lambda *_: plot.speed.Measurement(100.0, 1.0, None, ()))
+    plot.speed.main(1, {}, {"baseline": "python"})
+    report = json.loads((tmp_path / "speed.json").read_text())
+    report |= {"first_iteration": {"Pong": {"empty": 24.5, "warm": 7.5}}}
     (tmp_path / "speed.json").write_text(json.dumps(report))
-    with pytest.raises(SystemExit, match="is of another machine"):
-        plot.speed.main(1, {}, {})
-    assert json.loads((tmp_path / "speed.json").read_text()) == report
-    machine = f"this, {os.cpu_count()} cores, {platform.platform()}"
-    (tmp_path / "speed.json").write_text(json.dumps(report | {"machine": machine}))
+    monkeypatch.setattr(plot.speed, "run", lambda *_: pytest.fail("measures what is there"))
     plot.speed.main(1, {}, {})
-    assert (tmp_path / "table.md").read_text().startswith(f"{machine}\n")
+    machine, *table = (tmp_path / "table.md").read_text().splitlines()
+    assert machine.startswith(f"{plot.speed.processor()}, {os.cpu_count()} cores, ")
+    assert "| Pong | CleanRL | 100 (100) | 1.00 | 1 |" in table and "| Pong | 24.5 | 7.5 |" in table
+    (tmp_path / "speed.json").write_text(json.dumps(report | {name: "other"}))
+    with pytest.raises(SystemExit, match=rf"is of another {name} \(other\)"):
+        plot.speed.main(1, {}, {})
+    assert json.loads((tmp_path / "speed.json").read_text()) == report | {name: "other"}
+
+
+def test_first_iterations_begin_with_an_empty_cache(monkeypatch):
+    """Each round has a cache of its own, which its second run finds filled."""
+    seen = []
+
+    def run(command, words, environment):
+        cache = Path(environment["TORCHINDUCTOR_CACHE_DIR"])
+        seen.append((cache, len(list(cache.iterdir()))))
+        (cache / "kernel").touch()
+        return plot.speed.Measurement(1.0, 1.0, 10.0 if seen[-1][1] else 20.0 + len(seen), ())
+
+    monkeypatch.setattr(plot.speed, "run", run)
+    monkeypatch.setattr(plot.speed, "SWEEPS", {"Pong": None})
+    assert plot.speed.first_iterations(3, {}, {}) == {"Pong": {"empty": 23.0, "warm": 10.0}}
+    assert [files for _, files in seen] == [0, 1] * 3 and len({cache for cache, _ in seen}) == 3
 
 
 def test_the_processor_is_named(monkeypatch):
