@@ -3,7 +3,7 @@
 Every contest runs all sides one after the other, several rounds of that, on an otherwise idle machine.
 Speed is read from TensorBoard: environment steps per second of wall clock, everything included, between the
 end of a burn-in (compiling, warming up) and the end of the run (LeanRL prints that rate instead). Peak memory
-is that of the process. Baselines whose interpreter is not given are left out.
+is that of the process. CleanRL is needed; the others are left out where their interpreter is not given.
 """
 
 import itertools
