@@ -209,7 +209,7 @@ def paper(folder: Path) -> list[str]:
         low, high = bootstrap(scores)
         interval = f"{low:.2f} to {high:.2f}" if complete and runs > len(floor) else ""
         if complete:
-            shown[objective] = (float(score), low, high)
+            shown[objective] = (float(score), low, high, max(map(len, of.values())))
         texts = [objective, str(runs), score, interval, f"{PAPER_SCORES[objective]:.2f}", *cells]
         rows.append(f"| {' | '.join(texts)} |")
     ends = ", ".join(f"{task} {floor[task]:.1f} to {best[task]:.1f}" for task in floor)
@@ -220,14 +220,14 @@ def paper(folder: Path) -> list[str]:
             cells = [per_seed(of[task])[0] if task in of else "" for task in floor]
             rows.append(f"| {objective} | {' | '.join(cells)} |")
     (folder / "table.md").write_text("\n".join(rows) + "\n")
-    short = ["| objective | score | 95 % | paper |", "|---|---|---|---|"]
-    for objective, (score, low, high) in shown.items():
+    short = ["| objective | seeds | score | 95 % | paper |", "|---|---|---|---|---|"]
+    for objective, (score, low, high, seeds) in shown.items():
         interval = f"{low:.2f} to {high:.2f}" if low < high else ""
-        short.append(f"| {objective} | {score:.2f} | {interval} | {PAPER_SCORES[objective]:.2f} |")
+        short.append(f"| {objective} | {seeds} | {score:.2f} | {interval} | {PAPER_SCORES[objective]:.2f} |")
     if not shown:
         return short
     figure, axis = plt.subplots(figsize=(6.5, 0.35 * len(shown) + 1.0))
-    for row, (objective, (score, low, high)) in enumerate(shown.items()):
+    for row, (objective, (score, low, high, _)) in enumerate(shown.items()):
         axis.barh(row, score, color="tab:blue", alpha=0.6)
         axis.plot([low, high], [row, row], color="tab:blue")
         axis.plot(PAPER_SCORES[objective], row, "k|", markersize=14)

@@ -245,7 +245,10 @@ def test_the_tables_of_readme(project):
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[:4] == ["Hopper-v5", "`ppo_continuous.py`", "0.001M", "defaults"]
     assert cells[4:] == ["300, 320, 340", "320 ± 20", "2383 ± 272", "2316"]
-    assert objectives.splitlines()[3:] == ["| none | 0.00 |  | -0.39 |", "| clip-0.2 | 1.00 |  | 0.82 |"]
+    assert objectives.splitlines()[3:] == [
+        "| none | 1 | 0.00 |  | -0.39 |",
+        "| clip-0.2 | 1 | 1.00 |  | 0.82 |",
+    ]
 
 
 def test_tasks_that_charge_for_actions_as_they_are():
