@@ -1,6 +1,7 @@
 """Settings of all tests."""
 
 import os
+import signal
 
 # Compiling takes longer than most tests; tests/test_fast.py turns it on again.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -16,3 +17,11 @@ torch.set_num_threads(1)
 def pytest_runtest_setup(item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("there is no GPU")
+
+
+@pytest.fixture
+def interruptible():
+    """A child inherits that SIGINT is ignored, as it is where a shell runs the tests in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)

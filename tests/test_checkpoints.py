@@ -1120,6 +1120,7 @@ def test_signal_to_a_process(forks, tmp_path, number, extra):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("stderr", [subprocess.STDOUT, subprocess.DEVNULL], ids=["2>&1", "stdout"])
 def test_ctrl_c_into_a_pipeline(tmp_path, stderr):
     """It ends tee(1) as well, whose end of the pipe nobody reads from then on."""

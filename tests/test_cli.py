@@ -273,14 +273,6 @@ def test_refusal_of_a_process(tmp_path, script, argv, hint):
     assert [path.name for path in tmp_path.iterdir()] == [f"{script.__name__}.py"]
 
 
-@pytest.fixture
-def interruptible():
-    """A child inherits that SIGINT is ignored, as it is where a shell runs the tests in the background."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to another process")
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("script", "env_id"), RUNNING)
