@@ -465,14 +465,12 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
         raise OSError("there is no display")  # SDL would draw where nobody sees it
     num_envs = 1 if videos or args.render else min(args.eval_episodes, args.num_envs)
     episodes, device = [[] for _ in range(num_envs)], next(agent.parameters()).device
-    with (
-        closing(Envs(args, num_envs, [args.seed, 0, 1], training=False, videos=videos)) as envs,
-        torch.random.fork_rng([]),
-        ExitStack() as stack,
-        tqdm(unit=" episodes", file=sys.stdout, leave=False, disable=None) as bar,
-    ):
+    with ExitStack() as stack, torch.random.fork_rng([]):
         stack.callback(np.random.set_state, np.random.get_state())
         stack.callback(random.setstate, random.getstate())
+        envs = Envs(args, num_envs, [args.seed, 0, 1], training=False, videos=videos)
+        stack.callback(envs.close)
+        bar = stack.enter_context(tqdm(unit=" episodes", file=sys.stdout, leave=False, disable=None))
         torch.manual_seed(args.seed)
         obs = envs.reset()
         while any(len(episodes[i % num_envs]) <= i // num_envs for i in range(args.eval_episodes)):
@@ -707,7 +705,8 @@ class Logger:
 
     def __init__(self, args: Args, state: dict | None = None):
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.dir = Path("runs", args.run_name or slug(name))
+        self.elsewhere = TemporaryDirectory() if rank() > 0 else None  # only the first process writes the run
+        self.dir = Path(self.elsewhere.name if self.elsewhere else "runs", args.run_name or slug(name))
         try:
             self.dir.mkdir(parents=True, exist_ok=args.resume)
         except OSError as error:
@@ -826,6 +825,8 @@ class Logger:
         if checkpoint.exists():
             self.tell_wandb(lambda run: run.log_model(str(checkpoint), f"{run.id}-last"))
         self.tell_wandb(lambda run: run.finish(exit_code=int(sys.exc_info()[0] is not None)))
+        if self.elsewhere:
+            self.elsewhere.cleanup()
 
 
 def world_size() -> int:
@@ -862,7 +863,7 @@ def moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def process_group(args: Args) -> Iterator[Args]:
-    """Joins the processes of torchrun, if any: what all but the first one write and print is thrown away."""
+    """Joins the processes of torchrun, if any: what all but the first one print is thrown away."""
     with ExitStack() as stack:
         if world_size() > 1:
             store, *_ = next(distributed.rendezvous("env://"))
@@ -874,9 +875,6 @@ def process_group(args: Args) -> Iterator[Args]:
             stack.callback(distributed.destroy_process_group)
         if rank() > 0:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-            folder = stack.enter_context(TemporaryDirectory())
-            stack.callback(os.chdir, os.getcwd())
-            os.chdir(folder)
             args = replace(args, track=False, capture_video=False)
         yield args
 

@@ -176,11 +176,11 @@ class Step(NamedTuple):
     final_obs: np.ndarray | None  # (N, *obs) valid only where a time limit cut the episode
 
 
-class QuietSyncVectorEnv(gym.vector.SyncVectorEnv):
-    """Leaves out infos that nobody reads: collecting them takes 10 to 20 µs a step."""
+class FewInfos:
+    """Leaves out infos that nobody reads: they take 10 to 20 µs a step, and may not fit into one array."""
 
-    def _add_info(self, vector_infos: dict, env_info: dict, env_num: int) -> dict:
-        return super()._add_info(vector_infos, env_info, env_num) if "final_obs" in env_info else vector_infos
+    def _add_info(self, infos: dict, info: dict, i: int) -> dict:
+        return super()._add_info(infos, {"final_obs": info["final_obs"]}, i) if "final_obs" in info else infos
 
 
 class Envs:
@@ -211,10 +211,10 @@ class Envs:
         self.seeds = np.random.SeedSequence(seed).generate_state(self.first + num_envs)[self.first :].tolist()
         pid = os.getpid()
         rendering = {"render_mode": "rgb_array"} if videos or args.render else {}
-        vectorize = gym.vector.AsyncVectorEnv if args.async_envs else QuietSyncVectorEnv
+        bases = (FewInfos, gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv)
         try:
             makers = [partial(make_env, seed) for seed in self.seeds]
-            self.envs = vectorize(makers, copy=False, autoreset_mode="SameStep")
+            self.envs = type("QuietEnvs", bases, {})(makers, copy=False, autoreset_mode="SameStep")
         except (gym.error.Error, ImportError, ValueError) as error:
             hint = " (Atari games: ppo_atari.py)" if isinstance(error, gym.error.UnregisteredEnv) else ""
             raise ArgumentError(f"--env-id {args.env_id}: {str(error).partition(chr(10))[0]}{hint}") from None
@@ -241,6 +241,8 @@ class Envs:
         else:
             actions = actions.reshape(-1, *self.action_space.shape)
             actions = actions.clip(self.action_space.low, self.action_space.high)
+            if self.action_space.dtype.kind != "f":  # whole numbers
+                actions = actions.round().astype(self.action_space.dtype)
         obs, rewards, terminations, truncations, infos = self.envs.step(actions)
         dones = terminations | truncations
         self.episodic_returns += rewards
@@ -389,7 +391,8 @@ def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int, act=a
         obs = torch.from_numpy(step.obs).to(device)
     outcome = np.array(followed, dtype=np.float32)  # (T, 3, N)
     all_obs, all_actions = (torch.stack(rows) for rows in zip(*acted, strict=True))
-    if not (np.isfinite(outcome).all() and all_obs.isfinite().all()):  # all statistics would be, too
+    finite = [x.isfinite().all() for x in (torch.from_numpy(outcome), all_obs, obs, *cut_values.values())]
+    if not all(finite):  # all statistics would be, too
         raise FloatingPointError("an observation or a reward of the environment is NaN or infinite")
     outcome[:, 0] = envs.scale(outcome[:, 0], outcome[:, 2])
     rewards, terminations, dones = torch.from_numpy(outcome).to(device).unbind(1)
@@ -524,14 +527,12 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
         raise OSError("there is no display")  # SDL would draw where nobody sees it
     num_envs = 1 if videos or args.render else min(args.eval_episodes, args.num_envs)
     episodes, device = [[] for _ in range(num_envs)], next(agent.parameters()).device
-    with (
-        closing(Envs(args, num_envs, [args.seed, 0, 1], training=False, videos=videos)) as envs,
-        torch.random.fork_rng([]),
-        ExitStack() as stack,
-        tqdm(unit=" episodes", file=sys.stdout, leave=False, disable=None) as bar,
-    ):
+    with ExitStack() as stack, torch.random.fork_rng([]):
         stack.callback(np.random.set_state, np.random.get_state())
         stack.callback(random.setstate, random.getstate())
+        envs = Envs(args, num_envs, [args.seed, 0, 1], training=False, videos=videos)
+        stack.callback(envs.close)
+        bar = stack.enter_context(tqdm(unit=" episodes", file=sys.stdout, leave=False, disable=None))
         torch.manual_seed(args.seed)
         obs = envs.reset()
         while any(len(episodes[i % num_envs]) <= i // num_envs for i in range(args.eval_episodes)):
@@ -766,7 +767,8 @@ class Logger:
 
     def __init__(self, args: Args, state: dict | None = None):
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.dir = Path("runs", args.run_name or slug(name))
+        self.elsewhere = TemporaryDirectory() if rank() > 0 else None  # only the first process writes the run
+        self.dir = Path(self.elsewhere.name if self.elsewhere else "runs", args.run_name or slug(name))
         try:
             self.dir.mkdir(parents=True, exist_ok=args.resume)
         except OSError as error:
@@ -885,6 +887,8 @@ class Logger:
         if checkpoint.exists():
             self.tell_wandb(lambda run: run.log_model(str(checkpoint), f"{run.id}-last"))
         self.tell_wandb(lambda run: run.finish(exit_code=int(sys.exc_info()[0] is not None)))
+        if self.elsewhere:
+            self.elsewhere.cleanup()
 
 
 def world_size() -> int:
@@ -921,7 +925,7 @@ def moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def process_group(args: Args) -> Iterator[Args]:
-    """Joins the processes of torchrun, if any: what all but the first one write and print is thrown away."""
+    """Joins the processes of torchrun, if any: what all but the first one print is thrown away."""
     with ExitStack() as stack:
         if world_size() > 1:
             store, *_ = next(distributed.rendezvous("env://"))
@@ -933,9 +937,6 @@ def process_group(args: Args) -> Iterator[Args]:
             stack.callback(distributed.destroy_process_group)
         if rank() > 0:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-            folder = stack.enter_context(TemporaryDirectory())
-            stack.callback(os.chdir, os.getcwd())
-            os.chdir(folder)
             args = replace(args, track=False, capture_video=False)
         yield args
 

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -754,6 +754,24 @@ def test_gloo_for_a_cpu_and_nccl_for_a_gpu(script, monkeypatch, gpu):
         found = distributed.distributed_c10d.BackendConfig(distributed.Backend(started["backend"]))
     assert found.get_device_backend_map()["cpu"] == "gloo"
     assert (found.get_device_backend_map()["cuda"] == "nccl") == gpu
+
+
+@over_scripts(SCRIPTS)
+def test_the_second_process_stays_where_it_is(script, tmp_path, monkeypatch):
+    """For environments that read files; what it writes of the run goes elsewhere, and away in the end."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "rendezvous", lambda _: iter([(distributed.HashStore(), 1, 2)]))
+    monkeypatch.setattr(distributed, "init_process_group", lambda **_: None)
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    with (
+        script.process_group(run_args(script, run_name="run")) as args,
+        closing(script.Logger(args)) as logger,
+    ):
+        assert Path.cwd() == tmp_path
+        assert (logger.dir / "args.json").exists()
+    assert not logger.dir.parent.exists() and [*tmp_path.iterdir()] == []
 
 
 # ---- one process ----

@@ -496,6 +496,64 @@ def test_global_random_numbers(script, async_envs):
     assert len({*one.ravel(), *other.ravel()}) == 8
 
 
+class Varied(gym.Env):
+    """Its infos have another shape or type each time."""
+
+    observation_space, action_space = Box(-np.inf, np.inf, (1,)), Box(-1.0, 1.0, (1,))
+
+    def tell(self):
+        self.told = getattr(self, "told", -1) + 1
+        infos = {"path": np.zeros(self.told), "goal": None if self.told % 2 else 1}
+        return np.full(1, self.told, dtype=np.float32), infos
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.told = seed % 5
+        return self.tell()
+
+    def step(self, action):
+        obs, infos = self.tell()
+        return obs, 0.0, False, False, infos
+
+
+gym.register("Varied-v0", Varied, max_episode_steps=3)
+
+
+@pytest.mark.parametrize("async_envs", [False, True], ids=["sync", "async"])
+@over_vector_scripts
+def test_infos_that_fit_into_no_array(script, async_envs):
+    first, steps, finished = play(script, "Varied-v0", 6, async_envs=async_envs)
+    assert first[0] != first[1]
+    cut = steps[2]
+    assert cut.dones.all() and len(finished) == 4
+    np.testing.assert_array_equal(cut.final_obs, first + 3)
+    np.testing.assert_array_equal(cut.obs, first + 4)
+
+
+class Counted(gym.Env):
+    """Actions are whole numbers from 0 to 3."""
+
+    observation_space, action_space = Box(-1.0, 1.0, (1,)), Box(0, 3, (2,), np.int64)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, dtype=np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return self.reset()[0], float(action @ [10, 1]), False, False, {}
+
+
+gym.register("Counted-v0", Counted)
+
+
+@over_vector_scripts
+def test_actions_that_are_whole_numbers(script):
+    with closing(make_envs(script, "Counted-v0", num_envs=3)) as envs:
+        envs.reset()
+        step = envs.step(np.array([[0.4, 0.6], [-7.0, 9.0], [1.7, 2.2]], dtype=np.float32))
+    np.testing.assert_array_equal(step.rewards, [1.0, 3.0, 22.0])
+
+
 @pytest.mark.parametrize("dead", [0, 1])
 @over_vector_scripts
 def test_a_dead_process_ends_training(script, dead):

@@ -336,8 +336,8 @@ class Broken(gym.Env):
     action_space = Box(-1.0, 1.0, (1,))
     observation_space = Box(-math.inf, math.inf, (1,))
 
-    def __init__(self, obs: float = 0.0, reward: float = 0.0):
-        self.bad, self.steps = (obs, reward), 0
+    def __init__(self, obs: float = 0.0, reward: float = 0.0, cut: bool = False):
+        self.bad, self.cut, self.steps = (obs, reward), cut, 0
 
     def reset(self, *, seed=None, options=None):
         return np.zeros(1, dtype=np.float32), {}
@@ -345,7 +345,13 @@ class Broken(gym.Env):
     def step(self, action):
         self.steps += 1
         obs, reward = self.bad if self.steps == 42 else (0.0, 0.0)
-        return np.full(1, obs, dtype=np.float32), reward, self.steps % 5 == 0, False, {}
+        return (
+            np.full(1, obs, dtype=np.float32),
+            reward,
+            self.steps % 5 == 0,
+            self.cut and self.steps == 42,
+            {},
+        )
 
 
 @over_scripts([ppo_continuous, ppo_kl_penalty])
@@ -361,6 +367,24 @@ def test_a_broken_environment_stops_training(script, name, value, here):
     finally:
         gym.registry.pop("Broken-v0")
     assert [step for step, _ in scalars(here / "runs" / "test")["losses/value_loss"]] == [32]
+
+
+@over_scripts([ppo_continuous, ppo_kl_penalty])
+@pytest.mark.parametrize(("num_steps", "cut"), [(42, False), (32, True)], ids=["last step", "time limit"])
+def test_an_observation_that_only_has_a_value_is_looked_at(script, num_steps, cut, here):
+    """The one after a rollout, and the one that a time limit cuts off."""
+    gym.register("Broken-v0", Broken, kwargs={"obs": math.nan, "cut": cut})
+    try:
+        sizes = {
+            "num_envs": 1,
+            "num_steps": num_steps,
+            "total_timesteps": 2 * num_steps,
+            "num_minibatches": 2,
+        }
+        with pytest.raises(FloatingPointError, match=r"^an observation or a reward .* NaN or infinite$"):
+            script.train(short_args(script, env_id="Broken-v0", **sizes))
+    finally:
+        gym.registry.pop("Broken-v0")
 
 
 @over_scripts(SCRIPTS)
