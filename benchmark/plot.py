@@ -49,10 +49,8 @@ BESIDE = {"eager": ("mujoco", "compiled"), "interrupted": ("mujoco", "left alone
 def load(study: Path) -> dict[tuple[str, str], list[dict]]:
     """The runs of a study by environment and script (and subfolder), in order of seeds."""
     runs = defaultdict(list)
-    paths = study.rglob("*__*.json")  # ENV__SCRIPT__SEED, seed 10 after 9; .part of one that was stopped
+    paths = study.rglob("*__*.json")  # ENV__SCRIPT__SEED, seed 10 after 9
     for path in sorted(paths, key=lambda path: (len(path.name), path)):
-        if ".part." in path.name and path.with_name(path.name.replace(".part", "")).exists():
-            continue  # finished since
         run = json.loads(path.read_text())
         part = f", {path.parent.name}" if path.parent != study else ""
         runs[run["args"]["env_id"], run["script"] + part].append(run)
@@ -209,7 +207,7 @@ def paper(folder: Path) -> list[str]:
         low, high = bootstrap(scores)
         interval = f"{low:.2f} to {high:.2f}" if complete and runs > len(floor) else ""
         if complete:
-            shown[objective] = (float(score), low, high, max(map(len, of.values())))
+            shown[objective] = (float(score), low, high, min(map(len, of.values())))
         texts = [objective, str(runs), score, interval, f"{PAPER_SCORES[objective]:.2f}", *cells]
         rows.append(f"| {' | '.join(texts)} |")
     ends = ", ".join(f"{task} {floor[task]:.1f} to {best[task]:.1f}" for task in floor)

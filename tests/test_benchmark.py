@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -120,6 +121,15 @@ run.main(("small",), workers=1)
     assert not list((project / "benchmark").rglob("*.json"))
 
 
+def test_nothing_starts_once_the_queue_is_stopping(project, monkeypatch):
+    """As between SIGTERM and the end of the last run."""
+    stopping = threading.Event()
+    stopping.set()
+    monkeypatch.setattr(runner, "STOPPING", stopping)
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda *_, **__: pytest.fail("it starts"))
+    runner.main(("small",), workers=1)
+
+
 def test_an_unknown_study_is_refused(project):
     with pytest.raises(SystemExit, match="no study mujocco; there are small, wrong"):
         runner.main(("small", "mujocco"))
@@ -182,16 +192,6 @@ def test_a_run_that_was_stopped_shows_where(last_episodes, shown):
     """The last episode of a whole one ends some steps before the last step."""
     runs = [{"args": {"total_timesteps": 1000}, "global_step": step} for step in last_episodes]
     assert f"{plot.steps_of(runs):,}" == shown
-
-
-def test_a_run_that_was_finished_since_counts_once(project):
-    folder = project / "benchmark" / "results" / "atari"
-    write_runs(folder, "A-v5", "ppo_atari.py", [1.0, 2.0])
-    (folder / "A-v5__ppo_atari__2.json").rename(folder / "A-v5__ppo_atari__2.part.json")
-    both = [run["final_mean_return"] for run in plot.load(folder)["A-v5", "ppo_atari.py"]]
-    write_runs(folder, "A-v5", "ppo_atari.py", [1.0, 3.0])
-    assert both == [1.0, 2.0]
-    assert [run["final_mean_return"] for run in plot.load(folder)["A-v5", "ppo_atari.py"]] == [1.0, 3.0]
 
 
 def test_the_table_of_the_paper(project):
