@@ -45,6 +45,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
 
+if __name__ == "__main__":  # before torch is loaded: its idle threads soon leave their cores to the games
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
 import ale_py
 import gymnasium as gym
 import numpy as np
@@ -170,6 +173,8 @@ class Envs:
         if world_size() > 1:  # or every process would start as many threads as there are cores
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             options["num_threads"] = max(1, (os.cpu_count() or 1) // processes)
+        with suppress(AttributeError, OSError):  # on Linux; or the threads of the games, as they wake,
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # interrupt the one that wakes them
         vectorize = VisibleAtariVectorEnv if videos or args.render else AtariVectorEnv
         self.envs = vectorize(num_envs=num_envs, autoreset_mode="SameStep", **options)
         self.envs.metadata = dict(self.envs.metadata)  # or the next instance would write into this one's

@@ -1,8 +1,10 @@
 """Envs of ppo_atari.py against gymnasium's own AtariEnv and preprocessing, picture by picture."""
 
+import os
 from contextlib import closing
 from functools import cache
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import ale_py
 import gymnasium as gym
@@ -310,6 +312,16 @@ def test_nothing_returned_changes_later(monkeypatch):
             envs.step(np.array([3, 0]))
     for kept, copy in zip(step, copies, strict=True):
         np.testing.assert_array_equal(kept, copy)
+
+
+def test_threads_of_games_do_not_interrupt(monkeypatch):
+    """On Linux the scheduler is told so; where it refuses, and elsewhere, games are played all the same."""
+    if hasattr(os, "SCHED_BATCH"):
+        monkeypatch.setattr(os, "sched_setscheduler", recorder := Mock(side_effect=PermissionError))
+        observe(make_envs(monkeypatch, "ALE/Breakout-v5", 1), 2)
+        recorder.assert_called_once_with(0, os.SCHED_BATCH, os.sched_param(0))
+    monkeypatch.delattr(os, "sched_setscheduler", raising=False)
+    observe(make_envs(monkeypatch, "ALE/Breakout-v5", 1), 2)
 
 
 def test_same_seed_same_games_on_any_number_of_threads(monkeypatch):
