@@ -17,12 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import gymnasium as gym
 import matplotlib
 import matplotlib.pyplot as plt
+from ale_py.vector_env import AtariVectorEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 matplotlib.use("Agg")
@@ -70,6 +73,11 @@ SWEEPS = {
     "Pong": ("{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4", 1024),
 }
 SWEEP = (1, 4, 8, 16, 64, 256)
+# name: (what simulates that many environments, how many of their steps one call of it takes)
+SIMULATORS: dict[str, Callable[[int], tuple]] = {
+    "HalfCheetah": lambda num_envs: (gym.make("HalfCheetah-v5").unwrapped, 1),  # one after the other
+    "Pong": lambda num_envs: (AtariVectorEnv("pong", num_envs=num_envs), num_envs),
+}
 PARTS = ("env", "act", "update")
 
 
@@ -132,6 +140,25 @@ def sweep(words: dict, environment: dict[str, str]) -> dict[str, dict[int, dict[
     return rows
 
 
+def simulators_alone(seconds: float) -> dict[str, dict[int, float]]:
+    """Microseconds per environment step with random actions and nothing else: what no script can undercut."""
+    rows = {}
+    for name, num_envs in itertools.product(SIMULATORS, SWEEP):
+        env, steps_per_call = SIMULATORS[name](num_envs)
+        actions = itertools.cycle([env.action_space.sample() for _ in range(64)])
+        env.reset(seed=1)
+        for action in itertools.islice(actions, 64):  # warm up
+            env.step(action)
+        start, steps = time.perf_counter(), 0
+        while (passed := time.perf_counter() - start) < seconds:
+            env.step(next(actions))
+            steps += steps_per_call
+        env.close()
+        rows.setdefault(name, {})[num_envs] = round(1e6 * passed / steps, 1)
+        print(name, num_envs, f"simulator alone: {rows[name][num_envs]} µs per step", flush=True)
+    return rows
+
+
 def first_iterations(rounds: int, words: dict, environment: dict[str, str]) -> dict[str, dict[str, float]]:
     """Median seconds from the command to the first iteration's end, with PyTorch's caches empty and warm."""
     rows = {}
@@ -180,13 +207,14 @@ def tabulate(report: dict) -> str:
             rows.append(f"| {' | '.join(cells)} |")
     rows += [
         "",
-        "| environment | N | steps/s | simulator, acting, update: µs per step |",
-        "|---|---|---|---|",
+        "| environment | N | steps/s | simulator, acting, update: µs per step | simulator alone |",
+        "|---|---|---|---|---|",
     ]
     for name, numbers in report.get("sweep", {}).items():
         for num_envs, row in numbers.items():
             split = ", ".join(f"{row[part]:.0f}" for part in PARTS)
-            rows.append(f"| {name} | {num_envs} | {row['steps_per_second']} | {split} |")
+            alone = report["simulators_alone"][name][num_envs]
+            rows.append(f"| {name} | {num_envs} | {row['steps_per_second']} | {split} | {alone:.0f} |")
     rows += ["", "| first iteration, s after the command | compiler's cache empty | warm |", "|---|---|---|"]
     for name, seconds in report.get("first_iteration", {}).items():
         rows.append(f"| {name} | {seconds['empty']} | {seconds['warm']} |")
@@ -249,6 +277,10 @@ def main(rounds: int, checkouts: dict[str, str], interpreters: dict[str, str]) -
     if "sweep" not in report:
         report["sweep"] = sweep(words, environment)
         path.write_text(json.dumps(report, indent=1) + "\n")
+    if "simulators_alone" not in report:
+        report["simulators_alone"] = simulators_alone(seconds=2.0)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    report = json.loads(path.read_text())  # whose keys are all strings
     plot(report)
     (RESULTS / "table.md").write_text(tabulate(report))
     print(tabulate(report))

@@ -1,5 +1,6 @@
 """The studies behind the README: run, left out when done, resumed, summarised and drawn."""
 
+import itertools
 import json
 import os
 import re
@@ -280,16 +281,21 @@ def test_speeds_of_two_surroundings_are_not_mixed(name, tmp_path, monkeypatch):
     monkeypatch.setattr(plot.speed, "RESULTS", tmp_path)
     monkeypatch.setattr(plot.speed, "CONTESTS", {"Pong": {"CleanRL": "", "ours": ""}})
     monkeypatch.setattr(plot.speed, "SWEEPS", {})
+    monkeypatch.setattr(plot.speed, "SIMULATORS", {})
     monkeypatch.setattr(plot.speed, "run", lambda *_: plot.speed.Measurement(100.0, 1.0, None, ()))
     plot.speed.main(1, {}, {"baseline": "python"})
     report = json.loads((tmp_path / "speed.json").read_text())
     report |= {"first_iteration": {"Pong": {"empty": 24.5, "warm": 7.5}}}
+    row = {"steps_per_second": 400, "env": 300.4, "act": 1200.0, "update": 999.6}
+    report |= {"sweep": {"Pong": {"8": row}}}
+    report |= {"simulators_alone": {"Pong": {"8": 157.3}}}
     (tmp_path / "speed.json").write_text(json.dumps(report))
     monkeypatch.setattr(plot.speed, "run", lambda *_: pytest.fail("measures what is there"))
     plot.speed.main(1, {}, {})
     machine, *table = (tmp_path / "table.md").read_text().splitlines()
     assert machine.startswith(f"{plot.speed.processor()}, {os.cpu_count()} cores, ")
     assert "| Pong | CleanRL | 100 (100) | 1.00 | 1 |" in table and "| Pong | 24.5 | 7.5 |" in table
+    assert "| Pong | 8 | 400 | 300, 1200, 1000 | 157 |" in table
     (tmp_path / "speed.json").write_text(json.dumps(report | {name: "other"}))
     with pytest.raises(SystemExit, match=rf"is of another {name} \(other\)"):
         plot.speed.main(1, {}, {})
@@ -310,6 +316,15 @@ def test_first_iterations_begin_with_an_empty_cache(monkeypatch):
     monkeypatch.setattr(plot.speed, "SWEEPS", {"Pong": None})
     assert plot.speed.first_iterations(3, {}, {}) == {"Pong": {"empty": 23.0, "warm": 10.0}}
     assert [files for _, files in seen] == [0, 1] * 3 and len({cache for cache, _ in seen}) == 3
+
+
+def test_simulators_alone(monkeypatch):
+    """All games take a step in one call; robots take theirs one after the other."""
+    monkeypatch.setattr(plot.speed, "SWEEP", (1, 4))
+    monkeypatch.setattr(plot.speed.time, "perf_counter", itertools.count().__next__)  # a step takes a second
+    rows = plot.speed.simulators_alone(seconds=6.0)
+    robot, games = {1: 1.2e6, 4: 1.2e6}, {1: 1.2e6, 4: 0.3e6}  # 5 calls within 6 seconds
+    assert rows == {"HalfCheetah": robot, "Pong": games}
 
 
 def test_the_processor_is_named(monkeypatch):
