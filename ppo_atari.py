@@ -173,10 +173,9 @@ class Envs:
         if world_size() > 1:  # or every process would start as many threads as there are cores
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             options["num_threads"] = max(1, (os.cpu_count() or 1) // processes)
-        with suppress(AttributeError, OSError):  # on Linux; or the threads of the games, as they wake,
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # interrupt the one that wakes them
         vectorize = VisibleAtariVectorEnv if videos or args.render else AtariVectorEnv
-        self.envs = vectorize(num_envs=num_envs, autoreset_mode="SameStep", **options)
+        with patient_threads():
+            self.envs = vectorize(num_envs=num_envs, autoreset_mode="SameStep", **options)
         self.envs.metadata = dict(self.envs.metadata)  # or the next instance would write into this one's
         self.envs = show(self.envs, args, videos)
         self.observation_space = self.envs.single_observation_space
@@ -215,6 +214,22 @@ class Envs:
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         self.num_steps = state["num_steps"]
+
+
+@contextmanager
+def patient_threads() -> Iterator[None]:
+    """Threads started in here wait for a free core: they do not interrupt the one that wakes them (Linux)."""
+
+    def schedule(policy: int) -> None:
+        with suppress(PermissionError):
+            os.sched_setscheduler(0, policy, os.sched_param(0))
+
+    usual = sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER
+    if usual:
+        schedule(os.SCHED_BATCH)
+    yield
+    if usual:
+        schedule(os.SCHED_OTHER)
 
 
 class VisibleAtariVectorEnv(AtariVectorEnv):

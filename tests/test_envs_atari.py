@@ -1,6 +1,7 @@
 """Envs of ppo_atari.py against gymnasium's own AtariEnv and preprocessing, picture by picture."""
 
 import os
+import sys
 from contextlib import closing
 from functools import cache
 from typing import NamedTuple
@@ -314,13 +315,21 @@ def test_nothing_returned_changes_later(monkeypatch):
         np.testing.assert_array_equal(kept, copy)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the scheduler of Linux is told")
 def test_threads_of_games_do_not_interrupt(monkeypatch):
-    """On Linux the scheduler is told so; where it refuses, and elsewhere, games are played all the same."""
-    if hasattr(os, "SCHED_BATCH"):
-        monkeypatch.setattr(os, "sched_setscheduler", recorder := Mock(side_effect=PermissionError))
-        observe(make_envs(monkeypatch, "ALE/Breakout-v5", 1), 2)
-        recorder.assert_called_once_with(0, os.SCHED_BATCH, os.sched_param(0))
-    monkeypatch.delattr(os, "sched_setscheduler", raising=False)
+    """Those of torch, which start later, may; where the scheduler refuses, games are played all the same."""
+
+    def policies() -> list[int]:
+        return sorted(os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task"))
+
+    before = policies()
+    with closing(make_envs(monkeypatch, "ALE/Breakout-v5", 2, num_threads=2)):
+        assert policies() == sorted([*before, os.SCHED_BATCH, os.SCHED_BATCH])
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    monkeypatch.setattr(os, "sched_setscheduler", Mock(side_effect=PermissionError))
+    observe(make_envs(monkeypatch, "ALE/Breakout-v5", 1), 2)
+    monkeypatch.setattr(os, "sched_getscheduler", lambda _: os.SCHED_IDLE)  # as the user may have chosen
+    monkeypatch.setattr(os, "sched_setscheduler", lambda *_: pytest.fail("changes it"))
     observe(make_envs(monkeypatch, "ALE/Breakout-v5", 1), 2)
 
 

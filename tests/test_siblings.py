@@ -54,6 +54,7 @@ DIFFERENCES = {
     "Envs.load_state_dict": ("atari", "see RunningMeanStd"),
     "FewInfos": ("atari", "its games run in C++ threads"),
     "FewInfos._add_info": ("atari", "see FewInfos"),
+    "patient_threads": ("atari", "its games run in C++ threads"),
     "VisibleAtariVectorEnv": ("atari", "the others can draw what they simulate"),
     "VisibleAtariVectorEnv.render_mode": ("atari", "see VisibleAtariVectorEnv"),
     "VisibleAtariVectorEnv.__init__": ("atari", "see VisibleAtariVectorEnv"),
