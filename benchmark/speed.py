@@ -184,7 +184,8 @@ def summarize(report: dict) -> list[str]:
     """README's table: medians of steps per second, and ratios to CleanRL."""
     contests = report["contests"]
     rows = [f"| | {' | '.join(contests)} |", "|---" * (1 + len(contests)) + "|"]
-    for side in dict.fromkeys(side for sides in contests.values() for side in sides):
+    names = dict.fromkeys(side for sides in contests.values() for side in sides)
+    for side in sorted(names, key=lambda side: side in BASELINES):  # ours first
         cells = [
             f"{statistics.median(sides[side]['steps_per_second']):.0f} ({ratio(sides, side):.1f}×)"
             if side in sides
