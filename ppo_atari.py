@@ -219,17 +219,12 @@ class Envs:
 @contextmanager
 def patient_threads() -> Iterator[None]:
     """Threads started in here wait for a free core: they do not interrupt the one that wakes them (Linux)."""
-
-    def schedule(policy: int) -> None:
-        with suppress(PermissionError):
-            os.sched_setscheduler(0, policy, os.sched_param(0))
-
-    usual = sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER
-    if usual:
-        schedule(os.SCHED_BATCH)
-    yield
-    if usual:
-        schedule(os.SCHED_OTHER)
+    with ExitStack() as stack:
+        with suppress(AttributeError, OSError):  # another system, or forbidden
+            if os.sched_getscheduler(0) == os.SCHED_OTHER:
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+                stack.callback(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0))
+        yield
 
 
 class VisibleAtariVectorEnv(AtariVectorEnv):

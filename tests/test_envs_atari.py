@@ -2,7 +2,7 @@
 
 import os
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cache
 from typing import NamedTuple
 from unittest.mock import Mock
@@ -326,10 +326,15 @@ def test_threads_of_games_do_not_interrupt(monkeypatch):
     with closing(make_envs(monkeypatch, "ALE/Breakout-v5", 2, num_threads=2)):
         assert policies() == sorted([*before, os.SCHED_BATCH, os.SCHED_BATCH])
         assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    with suppress(ValueError), ppo_atari.patient_threads():
+        raise ValueError
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
     monkeypatch.setattr(os, "sched_setscheduler", Mock(side_effect=PermissionError))
     observe(make_envs(monkeypatch, "ALE/Breakout-v5", 1), 2)
     monkeypatch.setattr(os, "sched_getscheduler", lambda _: os.SCHED_IDLE)  # as the user may have chosen
     monkeypatch.setattr(os, "sched_setscheduler", lambda *_: pytest.fail("changes it"))
+    observe(make_envs(monkeypatch, "ALE/Breakout-v5", 1), 2)
+    monkeypatch.delattr(os, "sched_getscheduler")  # as on other systems
     observe(make_envs(monkeypatch, "ALE/Breakout-v5", 1), 2)
 
 
