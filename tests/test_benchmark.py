@@ -16,10 +16,12 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 
+import animate  # noqa: E402
 import plot  # noqa: E402
 import run as runner  # noqa: E402
 import scaling  # noqa: E402
@@ -325,6 +327,24 @@ def test_simulators_alone(monkeypatch):
     rows = plot.speed.simulators_alone(seconds=6.0)
     robot, games = {1: 1.2e6, 4: 1.2e6}, {1: 1.2e6, 4: 0.3e6}  # 5 calls within 6 seconds
     assert rows == {"HalfCheetah": robot, "Pong": games}
+
+
+def test_an_animation_of_an_agent(tmp_path, monkeypatch):
+    """Of one episode; the run stays as it was."""
+    monkeypatch.setattr(animate, "RESULTS", tmp_path / "animations")
+    command = [sys.executable, ROOT / "ppo_kl_penalty.py", "--env-id", "CartPole-v1", "--run-name", "pole"]
+    subprocess.run([*command, *FLAGS.split()], cwd=tmp_path, check=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    checkpoint = tmp_path / "runs" / "pole" / "checkpoints" / "last.pt"
+    animate.main(checkpoint, "pole", seconds=0.2, fps=10, height=60)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert {path.name for path in after.keys() - before} == {"animations", "pole.gif", "pole.json"}
+    assert all(after[path] == when for path, when in before.items() if path.is_file())
+    report = json.loads((tmp_path / "animations" / "pole.json").read_text())
+    assert report["script"] == "ppo_kl_penalty.py" and report["env_id"] == "CartPole-v1"
+    assert len(report["returns"]) == 1 and report["global_step"] == 512
+    with Image.open(tmp_path / "animations" / "pole.gif") as picture:
+        assert picture.size == (90, 60) and 2 <= picture.n_frames <= 3
 
 
 def test_the_processor_is_named(monkeypatch):

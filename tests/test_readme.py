@@ -88,6 +88,15 @@ def test_tables_are_those_of_the_results(tmp_path):
         assert plot.fill(README, name, ["| another |"]) != README
 
 
+def test_animations_are_of_the_episodes_that_it_says():
+    reports = sorted((plot.RESULTS / "animations").glob("*.json"))
+    assert [f"{path.stem}.gif" for path in reports] == sorted(re.findall(r"animations/(\w+\.gif)", README))
+    for report in map(json.loads, map(Path.read_text, reports)):
+        (episode,) = report["returns"]
+        steps = f"{report['global_step'] / 1e6:.0f}M steps of `{report['script']}` ({episode:.0f} "
+        assert steps in README, steps
+
+
 def test_arguments_exist():
     """What README calls by name, but for --cuda, which it says is gone, and the options of other programs."""
     known = {field for script in SCRIPTS for field in script.Args.__dataclass_fields__}
