@@ -345,13 +345,8 @@ class Broken(gym.Env):
     def step(self, action):
         self.steps += 1
         obs, reward = self.bad if self.steps == 42 else (0.0, 0.0)
-        return (
-            np.full(1, obs, dtype=np.float32),
-            reward,
-            self.steps % 5 == 0,
-            self.cut and self.steps == 42,
-            {},
-        )
+        terminated, truncated = self.steps % 5 == 0, self.cut and self.steps == 42
+        return np.full(1, obs, dtype=np.float32), reward, terminated, truncated, {}
 
 
 @over_scripts([ppo_continuous, ppo_kl_penalty])
