@@ -26,7 +26,8 @@ def main(
     height: int = 200,  # of the pictures
     seed: int = 1,  # of the episode
 ) -> None:
-    script = json.loads((checkpoint.parent.parent / "args.json").read_text())["script"]
+    about = json.loads((checkpoint.parent.parent / "args.json").read_text())
+    script = about["script"]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copy(checkpoint, folder))  # the run keeps its own eval.json
         options = ["--capture-video", "--eval-episodes", "1", "--seed", str(seed)]
@@ -36,7 +37,8 @@ def main(
         with VideoFileClip(str(video)) as clip:
             part = clip.subclipped(start, min(start + seconds, clip.duration)).resized(height=height)
             part.write_gif(str(RESULTS / f"{name}.gif"), fps=fps, logger=None)
-        report = {"script": script} | json.loads((copy.parent / "eval.json").read_text())
+        report = {"script": script, "training_seed": about["args"]["seed"]}
+        report |= json.loads((copy.parent / "eval.json").read_text())
         (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -22,8 +22,10 @@ from matplotlib.ticker import EngFormatter
 RESULTS = Path(__file__).resolve().parent / "results"
 README = Path(__file__).resolve().parent.parent / "README.md"
 
-# README's table of results: study, environment, script, its arguments, and the means that CleanRL and
-# openai/baselines publish for older versions of the task
+# README's table of results: study, environment, script, its arguments, and the means published for older
+# versions of the task: https://docs.cleanrl.dev/rl-algorithms/ppo/, of CleanRL's scripts (HalfCheetah's second
+# one stood there in December 2022) and, by Huang et al. (2022), of openai/baselines' on Atari;
+# https://github.com/openai/baselines, benchmarks_mujoco1M.htm, of its own on MuJoCo
 README_ROWS = (
     ("mujoco", "HalfCheetah-v5", "ppo_continuous.py", "defaults", "1443 ± 46, 2906 ± 1129", "1669"),
     ("mujoco", "Hopper-v5", "ppo_continuous.py", "defaults", "2383 ± 272", "2316"),
@@ -140,6 +142,16 @@ def fill(text: str, name: str, lines: list[str]) -> str:
     return marks.sub(lambda found: "\n".join([found[1], *lines, "", found[2]]), text)
 
 
+def means_drawn_again(returns: np.ndarray, rng: np.random.Generator, draws: int = 10_000) -> np.ndarray:
+    """Of the returns of two or more seeds, for a bootstrap interval.
+
+    Seeds drawn again vary less than new ones would, by (n - 1) / n: their deviations are enlarged by its root.
+    """
+    deviations = returns - returns.mean()
+    enlarged = returns.mean() + deviations * np.sqrt(len(returns) / (len(returns) - 1))
+    return rng.choice(enlarged, (draws, len(returns))).mean(1)
+
+
 def cleanrl(folder: Path) -> list[str]:
     """CleanRL's runs beside ours of the same tasks, and how much better ours are: README's table."""
     ours, theirs = load(RESULTS / "mujoco"), load(folder)
@@ -155,7 +167,7 @@ def cleanrl(folder: Path) -> list[str]:
         cells = [f"{x.mean():.1f} ± {x.std(ddof=1):.1f} ({len(x)})" for x in finals if len(x) > 1]
         if len(cells) == 2:
             rng = np.random.default_rng(0)
-            mean, other = (rng.choice(x, (10_000, len(x))).mean(1) for x in finals)
+            mean, other = (means_drawn_again(x, rng) for x in finals)
             low, high = np.quantile(mean - other, (0.025, 0.975))
             cells += [f"{finals[0].mean() - finals[1].mean():.1f}", f"{low:.0f} to {high:.0f}"]
             rows.append(f"| {task} | {' | '.join(cells)} |")
@@ -170,10 +182,10 @@ PAPER_SCORES |= {"adaptive-0.003": 0.68, "adaptive-0.01": 0.74, "adaptive-0.03":
 PAPER_SCORES |= {"fixed-0.3": 0.62, "fixed-1": 0.71, "fixed-3": 0.72, "fixed-10": 0.69}
 
 
-def bootstrap(scores: list[np.ndarray], draws: int = 10_000) -> tuple[float, float]:
+def bootstrap(scores: list[np.ndarray]) -> tuple[float, float]:
     """95 % interval of the mean over tasks of the mean over seeds, the seeds of each task drawn again."""
     rng = np.random.default_rng(0)
-    means = [rng.choice(x, (draws, len(x))).mean(1) for x in scores]
+    means = [means_drawn_again(x, rng) for x in scores]
     return tuple(np.quantile(np.mean(means, axis=0), (0.025, 0.975)))
 
 
@@ -202,12 +214,13 @@ def paper(folder: Path) -> list[str]:
             continue
         scores = [(of[task] - floor[task]) / (best[task] - floor[task]) for task in floor if task in of]
         cells = [f"{of[task].mean():.1f}" if task in of else "" for task in floor]
-        runs, complete = sum(map(len, of.values())), len(of) == len(floor) and several
-        score = f"{np.mean([x.mean() for x in scores]):.2f}" if complete else ""
-        low, high = bootstrap(scores)
-        interval = f"{low:.2f} to {high:.2f}" if complete and runs > len(floor) else ""
-        if complete:
-            shown[objective] = (float(score), low, high, min(map(len, of.values())))
+        runs, seeds = sum(map(len, of.values())), min(map(len, of.values()))
+        score = interval = ""
+        if len(of) == len(floor) and several:
+            score = f"{np.mean([x.mean() for x in scores]):.2f}"
+            low, high = bootstrap(scores) if seeds > 1 else (np.nan, np.nan)
+            interval = f"{low:.2f} to {high:.2f}" if seeds > 1 else ""
+            shown[objective] = (float(score), low, high, seeds)
         texts = [objective, str(runs), score, interval, f"{PAPER_SCORES[objective]:.2f}", *cells]
         rows.append(f"| {' | '.join(texts)} |")
     ends = ", ".join(f"{task} {floor[task]:.1f} to {best[task]:.1f}" for task in floor)
@@ -220,7 +233,7 @@ def paper(folder: Path) -> list[str]:
     (folder / "table.md").write_text("\n".join(rows) + "\n")
     short = ["| objective | seeds | score | 95 % | paper |", "|---|---|---|---|---|"]
     for objective, (score, low, high, seeds) in shown.items():
-        interval = f"{low:.2f} to {high:.2f}" if low < high else ""
+        interval = f"{low:.2f} to {high:.2f}" if seeds > 1 else ""
         short.append(f"| {objective} | {seeds} | {score:.2f} | {interval} | {PAPER_SCORES[objective]:.2f} |")
     if not shown:
         return short

@@ -50,6 +50,7 @@ PAPER_OBJECTIVES = {
     "fixed-0.3": "ppo_kl_penalty.py --kl-mode fixed --kl-coef 0.3",
     "fixed-10": "ppo_kl_penalty.py --kl-mode fixed --kl-coef 10",
 }
+UNCLIPPED_TASKS = ("unclipped:UnclippedHalfCheetah", "unclipped:UnclippedReacher")
 
 
 def paper_study(objective: str, flags: str, seeds: int, tasks=PAPER_TASKS) -> list[tuple[str, str, int, str]]:
@@ -143,8 +144,11 @@ STUDIES = (
             PAPER_OBJECTIVES["none"],
             "--total-timesteps 1000000 --no-anneal-lr",
             3,
-            ("unclipped:UnclippedHalfCheetah", "unclipped:UnclippedReacher"),
-        )
+            UNCLIPPED_TASKS,
+        ),
+        "unclipped/random": paper_study(
+            "ppo_continuous.py", "--total-timesteps 50000 --learning-rate 0", 1, UNCLIPPED_TASKS
+        ),
     }
 )
 
