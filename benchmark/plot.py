@@ -23,9 +23,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 # README's table of results: study, environment, script, its arguments, and the means published for older
-# versions of the task: https://docs.cleanrl.dev/rl-algorithms/ppo/, of CleanRL's scripts (HalfCheetah's second
-# one stood there in December 2022) and, by Huang et al. (2022), of openai/baselines' on Atari;
-# https://github.com/openai/baselines, benchmarks_mujoco1M.htm, of its own on MuJoCo
+# versions of the task: of CleanRL's scripts (HalfCheetah's second one in December 2022) and, by Huang et al.
+# (2022), of openai/baselines' on Atari: https://docs.cleanrl.dev/rl-algorithms/ppo/; of baselines' on MuJoCo:
+# https://github.com/openai/baselines/blob/master/benchmarks_mujoco1M.htm
 README_ROWS = (
     ("mujoco", "HalfCheetah-v5", "ppo_continuous.py", "defaults", "1443 ± 46, 2906 ± 1129", "1669"),
     ("mujoco", "Hopper-v5", "ppo_continuous.py", "defaults", "2383 ± 272", "2316"),
@@ -145,7 +145,7 @@ def fill(text: str, name: str, lines: list[str]) -> str:
 def means_drawn_again(returns: np.ndarray, rng: np.random.Generator, draws: int = 10_000) -> np.ndarray:
     """Of the returns of two or more seeds, for a bootstrap interval.
 
-    Seeds drawn again vary less than new ones would, by (n - 1) / n: their deviations are enlarged by its root.
+    Seeds drawn again vary less than new ones would, by (n - 1) / n: so their deviations are enlarged.
     """
     deviations = returns - returns.mean()
     enlarged = returns.mean() + deviations * np.sqrt(len(returns) / (len(returns) - 1))
