@@ -265,9 +265,10 @@ class Envs:
             returns[t] = self.discounted_returns * self.gamma + rewards[t]
             self.discounted_returns = returns[t] * (1.0 - dones[t])
         new_stats = np.array([np.ones_like(returns), returns, returns**2]).sum(2).cumsum(1)  # (3, T)
+        new_stats = average(torch.tensor(new_stats)).numpy() * world_size()  # of all processes
         count, total, squares = self.return_stats[:, None] + new_stats
         variance = np.maximum(squares / count - (total / count) ** 2, 0.0)  # up to each step
-        self.return_stats += average(torch.tensor(new_stats[:, -1])).numpy() * world_size()
+        self.return_stats += new_stats[:, -1]
         return (rewards / np.sqrt(variance + 1e-8)[:, None]).clip(-10.0, 10.0)
 
     def close(self) -> None:

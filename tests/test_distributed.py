@@ -147,7 +147,7 @@ def play(script: ModuleType, env_id: str, folder: Path) -> dict:
             actions = random.integers(int(space.n), size=shape)
         else:
             actions = random.normal(size=(*shape, *space.shape)).astype(np.float32)
-        obs, rewards, dones, stats, steps, rounds = [envs.reset()], [], [], [], [], []
+        obs, rewards, dones, scaled, stats, steps, rounds = [envs.reset()], [], [], [], [], [], []
         for t, action in enumerate(actions):
             step = envs.step(action[mine])
             obs.append(step.obs)
@@ -155,8 +155,8 @@ def play(script: ModuleType, env_id: str, folder: Path) -> dict:
             dones.append(step.dones)
             steps.append(envs.num_steps)
             if (t + 1) % args.num_steps == 0:
-                if script is not ppo_atari:
-                    envs.scale(*(np.stack(x[-args.num_steps :]) for x in (rewards, dones)))
+                rollout = [np.stack(x[-args.num_steps :]) for x in (rewards, dones)]
+                scaled.append(rollout[0] if script is ppo_atari else envs.scale(*rollout))
                 stats.append([float(x) for x in getattr(envs, "return_stats", [])])
                 rounds.append(script.gather(envs.finished))
                 envs.finished.clear()
@@ -164,7 +164,7 @@ def play(script: ModuleType, env_id: str, folder: Path) -> dict:
         envs.close()
     obs, rewards = torch.from_numpy(np.stack(obs).copy()), torch.from_numpy(np.stack(rewards))
     found = {"seeds": seeds, "obs": obs, "rewards": rewards, "stats": stats, "steps": steps}
-    return found | {"finished": rounds, "state": state}
+    return found | {"scaled": torch.from_numpy(np.concatenate(scaled)), "finished": rounds, "state": state}
 
 
 VARIANTS = [
@@ -343,6 +343,7 @@ def test_environments_of_two_processes_are_those_of_one(script, results):
     assert len(set(one["seeds"])) == 4
     for name in ("obs", "rewards"):
         assert torch.equal(torch.cat([found[name] for found in two], dim=1), one[name]), name
+    torch.testing.assert_close(torch.cat([found["scaled"] for found in two], dim=1), one["scaled"])
     for found in two:
         assert found["steps"] == one["steps"] == [4 * (t + 1) for t in range(40)]
         assert found["state"]["num_steps"] == one["state"]["num_steps"]
