@@ -1067,8 +1067,9 @@ def parse_args() -> Args:
 
 
 def main() -> None:
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # whose code page may lack γ, as on Windows
-        stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):  # whose code page may lack γ, as on Windows
+        with suppress(AttributeError):  # there is none, or a notebook's
+            stream.reconfigure(errors="replace")
     try:
         args = parse_args()
         train(args) if args.evaluate is None else evaluate_checkpoint(args)

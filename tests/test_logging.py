@@ -305,6 +305,15 @@ def test_what_cannot_be_encoded_stops_nothing(script, encoding, here, monkeypatc
     assert "--gae-lambda" in printed and "s per step: env" in printed
 
 
+@over_scripts(SCRIPTS)
+def test_a_stream_without_encoding_as_in_notebooks(script, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 0 and "--gae-lambda" in sys.stdout.getvalue()
+
+
 # ---- NaN ----
 
 
