@@ -260,7 +260,7 @@ def test_nothing_happens_at_the_top_level(script):
 
 
 IMPORT_ALONE = """
-import os, sys, torch
+import os, sys, gymnasium, torch  # gymnasium sets a variable of its own
 def settings():
     yield from (torch.get_num_threads(), torch.initial_seed(), torch.backends.cudnn.deterministic)
     yield from sorted(os.environ.items())
