@@ -52,6 +52,7 @@ OUT_OF_RANGE = {
     "--num-minibatches": ["0"],
     "--update-epochs": ["-1"],
     "--total-timesteps": ["0"],
+    "--eval-episodes": ["0", "-1"],
     "--learning-rate": ["-1.0", "nan", "inf"],
     "--ent-coef": ["-0.01", "nan", "inf"],
     "--vf-coef": ["-0.5", "nan", "inf"],

@@ -758,6 +758,29 @@ def test_gloo_for_a_cpu_and_nccl_for_a_gpu(script, monkeypatch, gpu):
 
 
 @over_scripts(SCRIPTS)
+def test_a_process_takes_the_gpu_of_its_own_machine(script, monkeypatch):
+    def empty(*_, device):
+        raise RuntimeError("none here")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(script.ArgumentError, match="--device cuda:1: none here"):
+        script.prepare(run_args(script, device="cuda", num_envs=4))
+
+
+@over_scripts(SCRIPTS)
+def test_random_numbers_differ_between_processes_and_after_a_resume(script, monkeypatch):
+    """Those of numpy and Python, from which environments may draw."""
+    seen = set()
+    for iteration, rank in ((0, 0), (3, 0), (0, 1), (3, 1)):
+        monkeypatch.setenv("RANK", str(rank))
+        script.prepare(run_args(script), iteration)
+        seen |= {random.random(), np.random.random()}
+    assert len(seen) == 8
+
+
+@over_scripts(SCRIPTS)
 def test_the_second_process_stays_where_it_is(script, tmp_path, monkeypatch):
     """For environments that read files; what it writes of the run goes elsewhere, and away in the end."""
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
@@ -766,11 +789,12 @@ def test_the_second_process_stays_where_it_is(script, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "init_process_group", lambda **_: None)
     monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "init_wandb", lambda *_: pytest.fail("tracks"))
     with (
-        script.process_group(run_args(script, run_name="run")) as args,
+        script.process_group(run_args(script, run_name="run", track=True, capture_video=True)) as args,
         closing(script.Logger(args)) as logger,
     ):
-        assert Path.cwd() == tmp_path
+        assert Path.cwd() == tmp_path and not args.capture_video
         assert (logger.dir / "args.json").exists()
     assert not logger.dir.parent.exists() and [*tmp_path.iterdir()] == []
 

@@ -4,6 +4,7 @@ import os
 import sys
 from contextlib import closing, suppress
 from functools import cache
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import Mock
 
@@ -11,6 +12,7 @@ import ale_py
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
@@ -348,6 +350,14 @@ def test_same_seed_same_games_on_any_number_of_threads(monkeypatch):
     np.testing.assert_array_equal(*runs)
 
 
+def test_threads_are_those_of_the_machine_shared_by_its_processes(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with closing(make_envs(monkeypatch, "PongNoFrameskip-v4", 1)) as envs:
+        assert envs.envs.options["num_threads"] == 4
+
+
 def test_other_seeds_and_other_environments_are_other_games(monkeypatch):
     pictures = []
     for seed in (SEED, SEED + 1):
@@ -363,3 +373,46 @@ def test_instances_keep_their_own_metadata(monkeypatch):
         with closing(other), closing(make_envs(monkeypatch, "PongNoFrameskip-v4", 1)) as third:
             assert envs.envs.metadata["autoreset_mode"] is gym.vector.AutoresetMode.SAME_STEP
             assert third.envs.metadata is not envs.envs.metadata
+
+
+# ---- rollouts ----
+
+
+def picture(numbers: np.ndarray) -> np.ndarray:
+    """One for each number, all of that grey."""
+    return np.broadcast_to(numbers[:, None, None, None], (len(numbers), 4, 84, 84)).astype(np.uint8)
+
+
+class GreyGames:
+    """Two that show 10·t + i; one is cut at t = 1, the other terminates at t = 2 and is cut at t = 3."""
+
+    first = picture(np.arange(2))
+
+    def __init__(self):
+        self.t = 0
+
+    def step(self, actions: np.ndarray) -> ppo_atari.Step:
+        t, self.t = self.t, self.t + 1
+        over, cut = np.array([False, t == 2]), np.array([t == 1, t == 3])
+        final = picture(np.array([200 + t, 200 + t])) if cut.any() else None
+        return ppo_atari.Step(self.first + 10 * self.t, np.array([t, -t]), over, over | cut, final)
+
+
+def test_rows_of_a_rollout():
+    """The value after a time limit is that of the last picture, not of the next game's first."""
+
+    def value(obs: torch.Tensor) -> torch.Tensor:
+        return obs[:, 0, 0, 0].float()
+
+    def act(agent, obs: torch.Tensor, noise: torch.Tensor):
+        return torch.zeros(2, dtype=torch.int64), torch.zeros(2), value(obs)
+
+    agent, first = SimpleNamespace(value=value, noise=torch.zeros), torch.from_numpy(GreyGames.first)
+    rollout, obs = ppo_atari.collect_rollout(agent, GreyGames(), first, 4, act)
+    assert rollout.obs[..., 0, 0, 0].tolist() == rollout.values.tolist()
+    assert rollout.values.tolist() == [[0, 1], [10, 11], [20, 21], [30, 31]]
+    assert rollout.next_values.tolist() == [[10, 11], [201, 21], [30, 31], [40, 203]]
+    assert rollout.rewards.tolist() == [[0, 0], [1, -1], [2, -2], [3, -3]]
+    assert rollout.terminations.tolist() == [[0, 0], [0, 0], [0, 1], [0, 0]]
+    assert rollout.dones.tolist() == [[0, 0], [1, 0], [0, 1], [0, 1]]
+    assert value(obs).tolist() == [40, 41]

@@ -621,12 +621,13 @@ class FakeWandbRun:
 
     def __init__(self):
         self.logged: list[tuple[int, dict]] = []
+        self.models: list[tuple[int, str]] = []  # iteration of a checkpoint, name
 
     def log(self, data: dict, step: int) -> None:
         self.logged.append((step, data))
 
-    def log_model(self, *_) -> None:
-        pass
+    def log_model(self, path: str, name: str) -> None:
+        self.models.append((torch.load(path, weights_only=True)["iteration"], name))
 
     def finish(self, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -848,6 +849,11 @@ def test_wandb_gets_the_video(script, here):
     assert (step, list(data)) == (64, ["videos"])
     assert data["videos"]._format == "mp4"
     assert Path(data["videos"]._path).read_bytes() == (here / "clip.mp4").read_bytes()
+
+
+@over_scripts(SCRIPTS)
+def test_wandb_gets_the_last_checkpoint(script, recordings):
+    assert recordings(script)[1].models == [(3, "fake-last")]
 
 
 @over_scripts(SCRIPTS)

@@ -8,6 +8,7 @@ import math
 import warnings
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -259,6 +260,42 @@ def test_float32_is_rounded_to_tf32_only_by_choice(precision, expected):
         assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == expected
 
 
+# ---- what `auto` takes ----
+
+UNITS = {"none": {}, "AVX2": {"avx2": True}, "AMX": {"amx_bf16": True}, "AVX-512": {"avx512_bf16": True}}
+
+
+@pytest.mark.parametrize("units", UNITS.values(), ids=UNITS)
+def test_bf16_is_taken_where_the_processor_has_units_for_it(units, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    spaces = SimpleNamespace(observation_space=ATARI.observation_space, action_space=ATARI.action_space)
+    agent = ppo_atari.make_agent(make_args(ppo_atari), spaces, CPU)
+    assert (agent.dtype == torch.bfloat16) == any("bf16" in unit for unit in units)
+
+
+DEVICES = [  # GPUs that there are, processes, device of ppo_atari.py
+    ({"cuda", "mps"}, 1, "cuda"),
+    ({"mps"}, 1, "mps"),
+    ({"mps"}, 2, "cpu"),
+    (set(), 1, "cpu"),
+]
+
+
+@over_scripts(SCRIPTS)
+@pytest.mark.parametrize(("gpus", "processes", "device"), DEVICES)
+def test_pictures_want_a_gpu_and_vectors_do_not(script, gpus, processes, device, monkeypatch):
+    def empty(*_, device):
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in gpus)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    expected = device if script is ppo_atari else "cpu"
+    with pytest.raises(script.ArgumentError, match=f"--device {expected}: stop"):
+        script.prepare(make_args(script, device="auto"))
+
+
 # ---- one vector of all parameters ----
 
 
@@ -438,6 +475,23 @@ def test_no_compile_takes_the_plain_functions(script, monkeypatch):
 def acts_in_numpy(script, agent, device: torch.device) -> bool:
     act, _ = script.accelerate(make_args(script), agent, device)
     return act.__qualname__.startswith("numpy_act")
+
+
+@over_scripts([ppo_continuous, ppo_kl_penalty])
+def test_training_acts_with_what_accelerate_returns(script, monkeypatch, tmp_path):
+    acts, collect = [], script.collect_rollout
+
+    def collecting(*inputs):
+        acts.append(inputs[-1])
+        return collect(*inputs)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "collect_rollout", collecting)
+    monkeypatch.setattr(script, "compiled", lambda function, device: function)
+    for compiles in (True, False):
+        env_id = "Pendulum-v1" if script is ppo_continuous else "CartPole-v1"
+        script.train(make_args(script, env_id=env_id, run_name=str(compiles), compile=compiles))
+    assert [act.__qualname__.startswith("numpy_act") for act in acts] == [True] * 4 + [False] * 4
 
 
 @over_cases(MLP_CASES)

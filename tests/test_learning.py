@@ -192,7 +192,9 @@ def test_atari_agent_tells_pictures_apart(monkeypatch, train, args):
 
     mean_return, agent = train(ppo_atari, prepare, total_timesteps=1280, **SMALL_PICTURES, **args)
     assert precisions == {torch.bfloat16 if args["precision"] == "bf16" else torch.float32}
+    assert (agent.value_network is None) == args.get("shared_network", True)
     policy, values = act(agent, torch.from_numpy(Pictures.both))
+    assert policy.logits.dtype == values.dtype == torch.float32  # of the two heads in any case
     assert policy.probs.diagonal().min() > 0.7
     assert mean_return > 0.2  # 0.5 at best
     assert values[0] - values[1] > 0.5

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import termios
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -287,6 +287,22 @@ def test_target_return_stops_early(here, capsys):
     assert rows[99]["global_step"] <= last < rows[99]["global_step"] + args.batch_size
 
 
+@over_scripts(SCRIPTS)
+def test_a_log_file_gets_a_line_every_few_seconds(script, here, monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with closing(script.Logger(short_args(script))) as logger:
+        for step in (100, 300, 600):
+            clock[0] += 4.0
+            logger.log_iteration(step, {})
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert lines == [  # the second after 8 seconds, the last at the end
+        "step 300: no episode has ended yet, 38 steps/s, 0.1 min",
+        "step 600: no episode has ended yet, 50 steps/s, 0.2 min",
+    ]
+    assert scalars(here / "runs" / "test")["charts/SPS"] == [(100, 25.0), (300, 37.5), (600, 50.0)]
+
+
 # ---- pipes of other code pages ----
 
 
@@ -444,6 +460,29 @@ def test_wandb_without_a_login_is_offline_and_asks_nothing(tmp_path):
         assert key.encode() in log
     assert "wandb sync" in output  # the command that uploads it
     assert "480/480" in output  # on a terminal there is a progress bar
+
+
+@over_scripts(SCRIPTS)
+@pytest.mark.parametrize("resume", [False, True])
+def test_wandb_is_told_what_the_run_is(script, resume, here, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb, "init", lambda **told: told)
+    args = short_args(script, resume=resume, wandb_project_name="project", wandb_entity="team")
+    told = script.init_wandb(args, here / "test")
+    assert (told["id"], told["resume"]) == ("test", "allow" if resume else "never")
+    assert (told["project"], told["entity"], told["save_code"]) == ("project", "team", True)
+    assert told["config"] == asdict(args)
+
+
+@over_scripts(SCRIPTS)
+def test_wandb_that_does_not_start_stops_nothing(script, here, monkeypatch, capsys):
+    def fail(*_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(script, "init_wandb", fail)
+    with closing(script.Logger(short_args(script, track=True))) as logger:
+        assert logger.wandb is None
+    assert "training goes on without W&B: ConnectionError: no network\n" in capsys.readouterr().out
 
 
 def test_wandb_disabled_writes_nothing(here, monkeypatch):

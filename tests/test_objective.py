@@ -21,6 +21,7 @@ from fakes import (
     over_scripts,
     random_obs,
 )
+from torch import nn
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 import ppo_kl_penalty
@@ -321,6 +322,20 @@ def test_a_fresh_policy_is_nearly_the_same_everywhere(case):
     else:
         torch.testing.assert_close(policy.mean, torch.zeros(5, 2), rtol=0, atol=0.05)
         torch.testing.assert_close(policy.stddev, torch.ones(5, 2))
+
+
+@over_cases(CASES)
+def test_weights_are_orthogonal(case):
+    """All singular values are the gain: √2, 0.01 for the policy's last layer, 1 for the value's."""
+    agent = case.script.Agent(case.observation_space, case.action_space)
+    actor, critic = (x if isinstance(x, nn.Linear) else x[-1] for x in (agent.actor, agent.critic))
+    layers = [layer for layer in agent.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    assert len(layers) == 6 and {actor, critic} < {*layers}
+    for layer in layers:
+        gains = torch.linalg.svdvals(layer.weight.flatten(1))
+        expected = {actor: 0.01, critic: 1.0}.get(layer, math.sqrt(2))
+        torch.testing.assert_close(gains, torch.full_like(gains, expected), rtol=1e-4, atol=1e-5)
+        assert not layer.bias.any()
 
 
 # ---- all terms together, [PPO] eq. 9 ----
