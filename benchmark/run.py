@@ -116,7 +116,7 @@ STUDIES = (
     }
     | {
         f"torchrun/processes={processes}": [
-            ("ppo_continuous.py", "Hopper-v5", 3, "--total-timesteps 300000", processes),
+            ("ppo_continuous.py", "Hopper-v5", 8, "--total-timesteps 300000", processes),
         ]
         for processes in (1, 2)
     }
