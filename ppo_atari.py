@@ -684,17 +684,22 @@ def replace_file(path: Path, content: bytes) -> None:
         raise OSError(f"{path} cannot be written and stays as it was: {error.strerror}") from None
 
 
+def stop_signals() -> list[int]:
+    """Ctrl-C, kill(1), and a terminal that closes, of which Windows knows nothing."""
+    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Notes the first SIGINT or SIGTERM, so that the iteration ends and is saved; a second acts at once."""
+    """Notes the first of stop_signals(), so that the iteration ends and is saved; a second acts at once."""
     noted, handlers = [], {}
 
     def note(number: int, _) -> None:
         noted.append(number)
         alone = world_size() == 1  # torchrun repeats what it gets
         for again in (signal.SIG_IGN, signal.SIG_DFL) if alone else (signal.SIG_IGN,):
-            for caught in handlers:
-                signal.signal(caught, again)
+            for caught in handlers:  # a terminal that closes sends SIGHUP up to three times
+                signal.signal(caught, again if caught in stop_signals()[:2] else signal.SIG_IGN)
             time.sleep(0.1)  # timeout(1) sends the same signal twice at once
         at_once = "; a second signal stops at once" if alone else ""
         with suppress(OSError):  # as in say()
@@ -702,7 +707,7 @@ def noted_signals() -> Iterator[list[int]]:
                 os.write(2, f"\nstopping once this iteration is done and saved{at_once}\n".encode())
 
     with suppress(ValueError):  # only the main thread can catch any
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_signals():
             if signal.getsignal(number) != signal.SIG_IGN:  # as SIGINT is in the background
                 handlers[number] = signal.signal(number, note)
     try:

@@ -10,11 +10,12 @@ import pickle
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -173,7 +174,7 @@ def signal_in_update(patch: pytest.MonkeyPatch, script: ModuleType, iteration: i
 
 
 def handlers() -> list:
-    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return [signal.getsignal(number) for number in ppo_kl_penalty.stop_signals()]
 
 
 @pytest.fixture(scope="module", params=SCRIPTS, ids=lambda script: script.__name__)
@@ -958,6 +959,7 @@ FORKS = """
 import contextlib, json, os, resource, signal, sys, tempfile, traceback
 import ppo_kl_penalty
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup(1) ignores it
 with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
     os.chdir(folder)  # what is only imported once it is needed
     ppo_kl_penalty.train(ppo_kl_penalty.Args(total_timesteps=16, num_steps=2, num_minibatches=2))
@@ -1104,7 +1106,7 @@ def test_sigkill_at_any_moment_loses_nothing(forks, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [[], ["--async-envs"]], ids=["sync", "async"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", ppo_kl_penalty.stop_signals(), ids=lambda number: number.name)
 def test_signal_to_a_process(forks, tmp_path, number, extra):
     """And to all of its group, as from a terminal: environments in processes of their own finish too."""
     argv = small_iterations(100_000, checkpoint_interval=1e9)
@@ -1136,7 +1138,7 @@ def test_ctrl_c_into_a_pipeline(tmp_path, stderr):
     assert_complete(tmp_path / "runs" / "run", last(tmp_path)["iteration"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", ppo_kl_penalty.stop_signals(), ids=lambda number: number.name)
 def test_second_signal_ends_a_process_at_once(forks, tmp_path, number):
     process = forks(tmp_path, *small_iterations(10, num_steps=1_000_000, total_timesteps=10_000_000))
     wait_for((tmp_path / "runs" / "run" / "checkpoints" / "last.pt").exists)
@@ -1148,6 +1150,54 @@ def test_second_signal_ends_a_process_at_once(forks, tmp_path, number):
     assert outcome.status == -signal.SIGTERM and "Traceback" not in outcome.err
     assert time.monotonic() - begin < 10.0
     assert last(tmp_path)["iteration"] == 0
+
+
+@pytest.mark.slow
+def test_closing_the_terminal(tmp_path):
+    """Nobody can be told anything then: every write to it fails."""
+    fcntl, termios = map(pytest.importorskip, ("fcntl", "termios"))  # not on Windows
+    terminal, own_end = os.openpty()
+    os.set_blocking(terminal, False)
+    fcntl.ioctl(own_end, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # or no bar fits
+
+    def take_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup(1) ignores it
+
+    def shows_a_return() -> bool:
+        with suppress(BlockingIOError):
+            return b"return" in os.read(terminal, 10_000)
+        return False
+
+    argv = [*small_iterations(100_000, checkpoint_interval=1e9), "--no-compile"]
+    command = [sys.executable, ppo_kl_penalty.__file__, *argv]
+    streams = {"stdin": own_end, "stdout": own_end, "stderr": own_end, "start_new_session": True}
+    with subprocess.Popen(command, cwd=tmp_path, preexec_fn=take_terminal, **streams) as process:
+        os.close(own_end)
+        try:
+            wait_for(shows_a_return)
+            os.close(terminal)
+            assert process.wait(60.0) == 128 + signal.SIGHUP
+        finally:
+            process.kill()
+    assert last(tmp_path)["iteration"] >= 1
+    assert_complete(tmp_path / "runs" / "run", last(tmp_path)["iteration"])
+
+
+@over_scripts(SCRIPTS)
+@pytest.mark.skipif(os.name == "nt", reason="no SIGHUP")
+def test_a_terminal_may_hang_up_again(script, monkeypatch, capfd):
+    """The kernel tells the program, so does the shell, and the kernel once more when the shell ends."""
+    previous = signal.signal(signal.SIGHUP, lambda *_: None)  # or what nohup(1) ignores stays ignored
+    monkeypatch.setattr(script.time, "sleep", lambda _: None)
+    try:
+        with script.noted_signals() as noted:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one stops at once
+        assert noted == [signal.SIGHUP]
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 @over_scripts(SCRIPTS)
