@@ -691,7 +691,8 @@ def stop_signals() -> list[int]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Notes the first of stop_signals(), so that the iteration ends and is saved; a second acts at once."""
+    """Notes the first of stop_signals(), so that the iteration ends and is saved; a second Ctrl-C or SIGTERM
+    acts at once."""
     noted, handlers = [], {}
 
     def note(number: int, _) -> None:
@@ -708,7 +709,7 @@ def noted_signals() -> Iterator[list[int]]:
 
     with suppress(ValueError):  # only the main thread can catch any
         for number in stop_signals():
-            if signal.getsignal(number) != signal.SIG_IGN:  # as SIGINT is in the background
+            if signal.getsignal(number) != signal.SIG_IGN:  # as in the background, or by nohup(1)
                 handlers[number] = signal.signal(number, note)
     try:
         yield noted
@@ -890,11 +891,12 @@ def process_group(args: Args) -> Iterator[Args]:
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # then it outlives an attempt, and
                 # a restart finds the addresses of the dead in it, unless each attempt has its own prefix
                 store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            nccl = torch.cuda.is_available() and distributed.is_nccl_available()  # not on Windows
+            backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
             distributed.init_process_group(backend=backend, store=store, rank=rank(), world_size=world_size())
             stack.callback(distributed.destroy_process_group)
         if rank() > 0:
-            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", errors="replace"))))
             args = replace(args, track=False, capture_video=False)
         yield args
 
@@ -944,8 +946,9 @@ def prepare(args: Args, iteration: int = 0) -> torch.device:
     name = auto if args.device == "auto" else args.device
     known = re.fullmatch(r"cpu|(cuda|mps)(:\d+)?", name)
     require(known is not None, f"--device {name}: not auto, cpu, cuda, cuda:1 or mps")
+    require(name[:3] != "mps" or world_size() == 1, f"--device {name}: torchrun has no means for it")
     if name == "cuda" and world_size() > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"  # every process on a machine has its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # every process on a machine has its own
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -981,6 +984,18 @@ def make_optimizer(agent: Agent, args: Args) -> torch.optim.Optimizer:
     return torch.optim.Adam([nn.Parameter(vector)], lr=args.learning_rate, eps=1e-5, fused=True)
 
 
+def start_compiler(device: torch.device) -> None:
+    """Starts its processes for a GPU: if a closing terminal ended them, it would wait for them forever."""
+    if device.type == "cuda" and hasattr(signal, "SIGHUP"):
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+        try:
+            maybe_warm_pool()  # they inherit what is blocked
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def compiled(function: Callable, device: torch.device) -> Callable:
     """By torch.compile, into a CUDA graph on a GPU; the function itself, with a warning, where that fails."""
     cuda, fast = device.type == "cuda", None
@@ -989,6 +1004,7 @@ def compiled(function: Callable, device: torch.device) -> Callable:
         nonlocal fast
         try:
             if fast is None:
+                start_compiler(device)
                 torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradient become one graph
                 unchecked = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe  # nn.Linear stays as it is
                 options = {"triton.cudagraphs": cuda, "guard_filter_fn": unchecked}

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -742,11 +742,12 @@ def test_attempts_share_no_keys(script, monkeypatch, shared):
 
 
 @over_scripts(SCRIPTS)
-@pytest.mark.parametrize("gpu", [False, True])
-def test_gloo_for_a_cpu_and_nccl_for_a_gpu(script, monkeypatch, gpu):
+@pytest.mark.parametrize(("gpu", "nccl"), [(False, True), (True, True), (True, False)])
+def test_gloo_for_a_cpu_and_nccl_for_a_gpu(script, monkeypatch, gpu, nccl):
     """Beside a GPU some tensors are still on the CPU; by itself torch would start NCCL alone."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(distributed, "is_nccl_available", lambda: nccl)  # not on Windows
     monkeypatch.setattr(distributed, "rendezvous", lambda _: iter([(distributed.HashStore(), 0, 2)]))
     started = {}
     monkeypatch.setattr(distributed, "init_process_group", lambda **options: started.update(options))
@@ -754,7 +755,18 @@ def test_gloo_for_a_cpu_and_nccl_for_a_gpu(script, monkeypatch, gpu):
     with script.process_group(run_args(script)):
         found = distributed.distributed_c10d.BackendConfig(distributed.Backend(started["backend"]))
     assert found.get_device_backend_map()["cpu"] == "gloo"
-    assert (found.get_device_backend_map()["cuda"] == "nccl") == gpu
+    assert found.get_device_backend_map()["cuda"] == ("nccl" if gpu and nccl else "gloo")
+
+
+@over_scripts(SCRIPTS)
+def test_what_other_processes_print_is_thrown_away(script, monkeypatch, capsys):
+    """Also what the locale cannot encode."""
+    monkeypatch.setattr(script, "rank", lambda: 1)
+    monkeypatch.setattr(script, "open", partial(open, encoding="ascii"), raising=False)
+    with script.process_group(run_args(script)):
+        print("µs per step")
+    print("here")
+    assert capsys.readouterr().out == "here\n"
 
 
 @over_scripts(SCRIPTS)
@@ -767,6 +779,19 @@ def test_a_process_takes_the_gpu_of_its_own_machine(script, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(script.ArgumentError, match="--device cuda:1: none here"):
         script.prepare(run_args(script, device="cuda", num_envs=4))
+    monkeypatch.delenv("LOCAL_RANK")  # as where each machine has one process
+    with pytest.raises(script.ArgumentError, match="--device cuda:0: none here"):
+        script.prepare(run_args(script, device="cuda", num_envs=4))
+
+
+@over_scripts(SCRIPTS)
+def test_torchrun_has_no_means_for_apples_gpus(script, monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=torch.device(device)))
+    args = run_args(script, device="mps")
+    assert script.prepare(args).type == "mps"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(script.ArgumentError, match="--device mps: torchrun"):
+        script.prepare(args)
 
 
 @over_scripts(SCRIPTS)

@@ -3,7 +3,9 @@
 import itertools
 import random
 import signal
+import subprocess
 from contextlib import closing
+from time import monotonic
 from typing import ClassVar, NamedTuple
 
 import gymnasium as gym
@@ -552,6 +554,34 @@ def test_actions_that_are_whole_numbers(script):
         envs.reset()
         step = envs.step(np.array([[0.4, 0.6], [-7.0, 9.0], [1.7, 2.2]], dtype=np.float32))
     np.testing.assert_array_equal(step.rewards, [1.0, 3.0, 22.0])
+
+
+class Remote(gym.Env):
+    """Its simulator is a process of its own, which it asks to stop."""
+
+    observation_space, action_space = Box(-1.0, 1.0, (1,)), Box(-1.0, 1.0, (1,))
+
+    def __init__(self):
+        self.simulator = subprocess.Popen(["sleep", "60"])
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, dtype=np.float32), {}
+
+    def close(self):
+        self.simulator.terminate()
+        self.simulator.wait()
+
+
+gym.register("Remote-v0", Remote)
+
+
+@pytest.mark.parametrize("async_envs", [False, True], ids=["sync", "async"])
+@over_vector_scripts
+def test_a_simulator_can_be_stopped(script, async_envs):
+    start = monotonic()
+    with closing(make_envs(script, "Remote-v0", num_envs=2, async_envs=async_envs)) as envs:
+        envs.reset()
+    assert monotonic() - start < 30.0
 
 
 @pytest.mark.parametrize("dead", [0, 1])

@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import math
+import signal
 import warnings
 from contextlib import closing
 from dataclasses import replace
@@ -279,6 +280,26 @@ DEVICES = [  # GPUs that there are, processes, device of ppo_atari.py
     ({"mps"}, 2, "cpu"),
     (set(), 1, "cpu"),
 ]
+
+
+@over_scripts(SCRIPTS)
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP")
+def test_the_compilers_processes_outlive_the_terminal(script, monkeypatch):
+    """They inherit which signals are blocked; without them it would wait forever."""
+    blocked = []
+
+    def start():
+        blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        raise OSError("too many processes")
+
+    monkeypatch.setattr("torch._inductor.async_compile.maybe_warm_pool", start)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    script.start_compiler(CPU)
+    assert blocked == []
+    with pytest.raises(OSError):
+        script.start_compiler(torch.device("cuda"))
+    assert blocked == [before | {signal.SIGHUP}] != [before]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 @over_scripts(SCRIPTS)
