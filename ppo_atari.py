@@ -691,8 +691,7 @@ def stop_signals() -> list[int]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Notes the first of stop_signals(), so that the iteration ends and is saved; a second Ctrl-C or SIGTERM
-    acts at once."""
+    """Notes the first, so that the iteration ends and is saved; a second Ctrl-C or SIGTERM acts at once."""
     noted, handlers = [], {}
 
     def note(number: int, _) -> None:

@@ -194,7 +194,7 @@ class Envs:
             if os.getpid() != pid:  # one of --async-envs; the main process decides when to stop
                 for number in stop_signals():
                     signal.signal(number, signal.SIG_IGN)
-                signal.signal(signal.SIGTERM, lambda *_: None)  # a simulator's process can be terminated
+                signal.signal(signal.SIGTERM, lambda *_: None)  # a simulator's process would inherit SIG_IGN
                 np.random.seed(seed)
                 random.seed(seed)
             if rendering and sys.platform == "linux" and "DISPLAY" not in os.environ:
@@ -712,8 +712,7 @@ def stop_signals() -> list[int]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Notes the first of stop_signals(), so that the iteration ends and is saved; a second Ctrl-C or SIGTERM
-    acts at once."""
+    """Notes the first, so that the iteration ends and is saved; a second Ctrl-C or SIGTERM acts at once."""
     noted, handlers = [], {}
 
     def note(number: int, _) -> None:

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -786,12 +786,14 @@ def test_a_process_takes_the_gpu_of_its_own_machine(script, monkeypatch):
 
 @over_scripts(SCRIPTS)
 def test_torchrun_has_no_means_for_apples_gpus(script, monkeypatch):
-    monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=torch.device(device)))
-    args = run_args(script, device="mps")
-    assert script.prepare(args).type == "mps"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(script.ArgumentError, match="--device mps: torchrun"):
-        script.prepare(args)
+    def empty(*_, device):
+        raise RuntimeError("none here")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    for processes, message in (("1", "none here"), ("2", "torchrun has no means")):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        with pytest.raises(script.ArgumentError, match=f"--device mps: {message}"):
+            script.prepare(run_args(script, device="mps"))
 
 
 @over_scripts(SCRIPTS)
