@@ -82,20 +82,8 @@ STUDIES = (
                 "--total-timesteps 200000 --gamma 0.9 --learning-rate 1e-3 --no-clip-vloss",
             ),
             ("ppo_kl_penalty.py", "CartPole-v1", 3, "--total-timesteps 150000"),
-            (
-                "ppo_kl_penalty.py",
-                "LunarLander-v3",
-                3,
-                "--total-timesteps 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256"
-                " --update-epochs 4 --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01",
-            ),
-            (
-                "ppo_continuous.py",
-                "BipedalWalker-v3",
-                3,
-                "--total-timesteps 2000000 --num-envs 16 --num-steps 1024 --num-minibatches 256"
-                " --update-epochs 4 --gamma 0.999",
-            ),
+            ("ppo_kl_penalty.py", "LunarLander-v3", 5, "--total-timesteps 1000000 --gamma 0.995"),
+            ("ppo_continuous.py", "BipedalWalker-v3", 5, "--total-timesteps 2000000 --gamma 0.995"),
         ],
         "eager": [  # beside the same runs of `mujoco`
             ("ppo_continuous.py", f"{task}-v5", SEEDS.get(task, 5), "--no-compile")
