@@ -63,6 +63,7 @@ def paper_study(objective: str, flags: str, seeds: int, tasks=PAPER_TASKS) -> li
 
 CLEANRL_SCRIPT = "cleanrl/ppo_continuous_action.py"
 
+PENDULUM_RECIPE = "--total-timesteps 200000 --gamma 0.95 --learning-rate 1e-3 --no-clip-vloss"
 PONG_RECIPE = "--num-envs 16 --learning-rate 5e-4 --num-minibatches 16 --no-clip-vloss"
 
 # study: (script, environment, number of seeds, flags, and processes of torchrun where there are several)
@@ -75,15 +76,10 @@ STUDIES = (
             for task in ("HalfCheetah", "Hopper", "Walker2d")
         ],
         "classic": [
-            (
-                "ppo_continuous.py",
-                "Pendulum-v1",
-                3,
-                "--total-timesteps 200000 --gamma 0.9 --learning-rate 1e-3 --no-clip-vloss",
-            ),
-            ("ppo_kl_penalty.py", "CartPole-v1", 3, "--total-timesteps 150000"),
-            ("ppo_kl_penalty.py", "LunarLander-v3", 5, "--total-timesteps 1000000 --gamma 0.995"),
             ("ppo_continuous.py", "BipedalWalker-v3", 5, "--total-timesteps 2000000 --gamma 0.995"),
+            ("ppo_continuous.py", "Pendulum-v1", 5, PENDULUM_RECIPE),
+            ("ppo_kl_penalty.py", "LunarLander-v3", 5, "--total-timesteps 1000000 --gamma 0.995"),
+            ("ppo_kl_penalty.py", "CartPole-v1", 5, "--total-timesteps 200000"),
         ],
         "eager": [  # beside the same runs of `mujoco`
             ("ppo_continuous.py", f"{task}-v5", SEEDS.get(task, 5), "--no-compile")
