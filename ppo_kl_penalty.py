@@ -794,7 +794,7 @@ class Logger:
             say(f"training goes on without W&B: {one_line(error)}")
         self.status, self.printed = "", time.monotonic()
         self.times, self.profile = Counter(), []  # seconds in this iteration, microseconds per step in each
-        since = f" from step {self.step:,} on" if self.step else ""
+        since = f" from step {self.step:,} on" if args.resume else ""
         say(f"training on {args.env_id}{since}, written to {self.dir}")
         total = args.num_iterations * args.batch_size
         if self.step >= total:
@@ -1123,7 +1123,9 @@ def train(args: Args) -> float:
                 checkpoints.after(iteration)
                 stop = gather(signals)
             checkpoints.save(iteration)
-            if not stop:
+            if stop:
+                say(f"saved; --run-name {logger.dir.name} --resume goes on with it")
+            else:
                 checkpoints.record()
             if logger.solved(args.target_return):
                 say(f"solved at step {logger.step:,} after {logger.seconds() / 60:.1f} min")

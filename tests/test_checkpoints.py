@@ -499,7 +499,7 @@ def test_resume_starts_a_run_where_there_is_none(script, here, command):
     argv = [*options(tiny_args(script, total_timesteps=2 * BATCH)), "--resume"]
     next_second()
     outcome = command(script, *argv)
-    assert outcome.status == 0 and outcome.err == "" and "from step" not in outcome.out
+    assert outcome.status == 0 and outcome.err == "" and "from step 0 on" in outcome.out
     assert last(here)["iteration"] == 2
     steps = [step for step, _ in scalars(here / "runs" / "run")["losses/policy_loss"]]
     assert steps == [BATCH, 2 * BATCH]
@@ -937,6 +937,7 @@ def test_sigint_ends_with_the_iteration(script, here, command, monkeypatch):
         signal.signal(signal.SIGINT, previous)
     assert outcome.status == 128 + signal.SIGINT
     assert outcome.err == "\nstopping once this iteration is done and saved; a second signal stops at once\n"
+    assert "saved; --run-name run --resume goes on with it\n" in outcome.out
     assert last(here)["iteration"] == 2
 
 
