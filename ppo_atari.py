@@ -968,11 +968,12 @@ def prepare(args: Args, iteration: int = 0) -> torch.device:
 
 
 def make_agent(args: Args, envs: Envs, device: torch.device) -> Agent:
-    bf16 = args.precision == "bf16"
-    if args.precision == "auto":  # emulated bf16 would be slower than float32
-        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        on_cpu = any(torch.cpu.get_capabilities().get(units) for units in ("avx512_bf16", "amx_bf16"))
-        bf16 = on_gpu or (device.type == "cpu" and on_cpu)
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    fast = on_gpu or any(units.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and fast)
+    if bf16 and not fast:
+        say("bf16 may be many times slower here than fp32, which --precision auto would take")
     return Agent(envs.observation_space, envs.action_space, args.shared_network, bf16).to(device)
 
 

@@ -274,6 +274,16 @@ def test_bf16_is_taken_where_the_processor_has_units_for_it(units, monkeypatch):
     assert (agent.dtype == torch.bfloat16) == any("bf16" in unit for unit in units)
 
 
+@pytest.mark.parametrize("units", UNITS.values(), ids=UNITS)
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
+def test_a_line_says_that_emulated_bf16_is_slow(units, precision, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    spaces = SimpleNamespace(observation_space=ATARI.observation_space, action_space=ATARI.action_space)
+    ppo_atari.make_agent(make_args(ppo_atari, precision=precision), spaces, CPU)
+    emulated = precision == "bf16" and not any("bf16" in unit for unit in units)
+    assert capsys.readouterr().out.startswith("bf16 may be many times slower") == emulated
+
+
 DEVICES = [  # GPUs that there are, processes, device of ppo_atari.py
     ({"cuda", "mps"}, 1, "cuda"),
     ({"mps"}, 1, "mps"),
