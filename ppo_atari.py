@@ -562,10 +562,9 @@ class Checkpoints:
         self.saved = time.monotonic()
 
     def write(self, name: str, state: dict[str, object]) -> None:
-        if rank() > 0:
-            return
-        torch.save(state, buffer := io.BytesIO())
-        replace_file(self.logger.dir / "checkpoints" / name, buffer.getvalue())
+        if rank() == 0:
+            torch.save(state, buffer := io.BytesIO())
+            replace_file(self.logger.dir / "checkpoints" / name, buffer.getvalue())
 
     def close(self) -> None:  # also where training fails
         if self.best is not None:
@@ -909,9 +908,10 @@ def open_csv(path: Path, step: int):
 
 
 def describe_run(args: Args) -> dict[str, object]:
-    """What it takes to repeat a run: arguments, versions, hardware and git commit."""
+    """What it takes to repeat a run: arguments, versions, hardware, git commit ("-dirty": changed since)."""
     script, packages = Path(__file__).resolve(), ("torch", "gymnasium", "ale-py", "mujoco", "numpy")
-    status, commit = subprocess.getstatusoutput(f'git -C "{script.parent}" rev-parse --verify HEAD')
+    git = f'git -C "{script.parent}" describe --always --match= --abbrev=40 --dirty'
+    status, commit = subprocess.getstatusoutput(git)
     return {
         "script": script.name,
         "args": asdict(args),

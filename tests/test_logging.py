@@ -115,7 +115,24 @@ def test_args_json_tells_how_to_repeat_it(run):
     assert told["versions"] == {name: version(name) for name in names}
     assert told["python"] == sys.version.split()[0]
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert told["git_commit"] == (None if git.returncode else git.stdout.strip())
+    expected = {None} if git.returncode else {git.stdout.strip(), git.stdout.strip() + "-dirty"}
+    assert told["git_commit"] in expected
+
+
+@over_scripts(SCRIPTS)
+def test_the_commit_says_whether_files_were_changed_since(script, tmp_path, monkeypatch):
+    copy = tmp_path / "a folder" / "ppo.py"
+    copy.parent.mkdir()
+    copy.write_text("one")
+    monkeypatch.setattr(script, "__file__", str(copy))
+    assert script.describe_run(script.Args())["git_commit"] is None
+    git = ["git", "-C", copy.parent, "-c", "user.name=a", "-c", "user.email=b"]
+    for command in ("init -q", "add .", "commit -qm one", "tag -a v1 -m one"):
+        subprocess.run([*git, *command.split()], check=True)
+    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    assert script.describe_run(script.Args())["git_commit"] == commit
+    copy.write_text("two")
+    assert script.describe_run(script.Args())["git_commit"] == f"{commit}-dirty"
 
 
 def test_episodes_csv(run):
