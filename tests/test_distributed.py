@@ -808,6 +808,27 @@ def test_random_numbers_differ_between_processes_and_after_a_resume(script, monk
 
 
 @over_scripts(SCRIPTS)
+def test_the_second_process_has_noise_of_its_own_after_a_resume_as_well(script, tmp_path, monkeypatch):
+    draws, noise = [], script.Agent.noise
+
+    def remember(agent, *shape):
+        draws.append(noise(agent, *shape))
+        return draws[-1]
+
+    monkeypatch.setattr(script.Agent, "noise", remember)
+    train_in(tmp_path, run_args(script, iterations=1, run_name="run"))
+    train_in(tmp_path, run_args(script, iterations=2, run_name="run", resume=True))
+    for start in ({"iterations": 1, "run_name": "new"}, {"iterations": 3, "run_name": "run", "resume": True}):
+        monkeypatch.setenv("RANK", "1")
+        train_in(tmp_path, run_args(script, **start))
+        train_in(tmp_path, run_args(script, **start))
+    assert [draw.shape for draw in draws] == [draws[0].shape] * len(draws)
+    first, second, new, new_again, resumed, resumed_again = draws
+    assert torch.equal(new, new_again) and torch.equal(resumed, resumed_again)
+    assert not any(torch.equal(x, y) for x, y in itertools.combinations((first, second, new, resumed), 2))
+
+
+@over_scripts(SCRIPTS)
 def test_the_second_process_stays_where_it_is(script, tmp_path, monkeypatch):
     """For environments that read files; what it writes of the run goes elsewhere, and away in the end."""
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
