@@ -113,12 +113,13 @@ def steps_of(group: list[dict]) -> int:
 
 
 def tabulate(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
-    rows = ["| environment | script | steps | final return per seed | mean ± sd | minutes per run |"]
-    rows.append("|---|---|---|---|---|---|")
+    rows = ["| environment | script | steps | final return per seed | median | mean ± sd | minutes per run |"]
+    rows.append("|---" * 7 + "|")
     for (env_id, script), group in runs.items():
         finals = np.array([run["final_mean_return"] for run in group])
         minutes = np.median([run["wall_time"] for run in group]) / 60
-        cells = (env_id, script, f"{steps_of(group):,}", *per_seed(finals), f"{minutes:.1f}")
+        (each, mean), median = per_seed(finals), np.median(finals)
+        cells = (env_id, script, f"{steps_of(group):,}", each, f"{median:.1f}", mean, f"{minutes:.1f}")
         rows.append(f"| {' | '.join(cells)} |")
     (study / "table.md").write_text("\n".join(rows) + "\n")
 
