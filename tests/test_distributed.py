@@ -818,8 +818,8 @@ def test_the_second_process_has_noise_of_its_own_after_a_resume_as_well(script, 
     monkeypatch.setattr(script.Agent, "noise", remember)
     train_in(tmp_path, run_args(script, iterations=1, run_name="run"))
     train_in(tmp_path, run_args(script, iterations=2, run_name="run", resume=True))
+    monkeypatch.setenv("RANK", "1")
     for start in ({"iterations": 1, "run_name": "new"}, {"iterations": 3, "run_name": "run", "resume": True}):
-        monkeypatch.setenv("RANK", "1")
         train_in(tmp_path, run_args(script, **start))
         train_in(tmp_path, run_args(script, **start))
     assert [draw.shape for draw in draws] == [draws[0].shape] * len(draws)
