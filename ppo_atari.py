@@ -40,6 +40,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -657,6 +658,11 @@ def say(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+@cache
+def say_once(line: str) -> None:
+    say(line)
+
+
 def one_line(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
@@ -1013,7 +1019,7 @@ def compiled(function: Callable, device: torch.device) -> Callable:
         except Exception as error:  # no compiler, or one that cannot cope
             if fast is function:
                 raise
-            say(f"slower without torch.compile: {one_line(error)}")
+            say_once(f"slower without torch.compile: {one_line(error)}")
             fast = function
             return function(*inputs)
         # the next replay of a CUDA graph overwrites what this one returned
@@ -1026,6 +1032,7 @@ def accelerate(args: Args, agent: Agent, device: torch.device) -> tuple[Callable
     """act() and minibatch_gradient(), or with --compile what does the same faster."""
     if not args.compile:
         return act, minibatch_gradient
+    torch.compiler.reset()  # of earlier runs in this process: torch gives up a function compiled too often
     return compiled(act, device), compiled(minibatch_gradient, device)
 
 

@@ -39,7 +39,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -706,6 +706,11 @@ def say(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+@cache
+def say_once(line: str) -> None:
+    say(line)
+
+
 def one_line(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
@@ -1003,6 +1008,7 @@ def prepare(args: Args, iteration: int = 0) -> torch.device:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        warnings.filterwarnings("ignore", "TensorFloat32")  # the compiler suggests it
     torch.manual_seed(args.seed)
     entropy = [args.seed % 2**32, iteration, rank()]
     np.random.seed(entropy)  # these two for environments that draw from them
@@ -1051,7 +1057,7 @@ def compiled(function: Callable, device: torch.device) -> Callable:
         except Exception as error:  # no compiler, or one that cannot cope
             if fast is function:
                 raise
-            say(f"slower without torch.compile: {one_line(error)}")
+            say_once(f"slower without torch.compile: {one_line(error)}")
             fast = function
             return function(*inputs)
         # the next replay of a CUDA graph overwrites what this one returned
@@ -1077,6 +1083,7 @@ def accelerate(args: Args, agent: Agent, device: torch.device) -> tuple[Callable
     """act() and minibatch_gradient(), or with --compile what does the same faster."""
     if not args.compile:
         return act, minibatch_gradient
+    torch.compiler.reset()  # of earlier runs in this process: torch gives up a function compiled too often
     widest = max(x.numel() for x in agent.parameters())
     small = args.num_envs // world_size() * widest <= 2**18  # beyond, NumPy would start more threads
     in_numpy = small and device.type == "cpu" and agrees(agent)

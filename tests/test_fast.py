@@ -461,8 +461,10 @@ def test_without_a_compiler_the_function_itself_is_called(script, monkeypatch, c
     assert tries == []
     assert [double(x) for x in (1, 2, 3)] == [2, 4, 6]
     assert tries == [(1,)]
+    triple = script.compiled(lambda x: 3 * x, CPU)
+    assert triple(1) == 3
     out, err = capsys.readouterr()
-    (line,) = (out + err).splitlines()
+    (line,) = (out + err).splitlines()  # for both
     assert line.startswith("slower without torch.compile: ") and "no C++ compiler" in line
 
 
@@ -696,6 +698,25 @@ def test_a_compiled_run_learns_the_same(compiling, monkeypatch, tmp_path, capsys
         assert len(values) == 3
         assert found[name] == pytest.approx(values, rel=1e-3, abs=1e-5), name
     assert expected["losses/kl"][0] > 1e-6 and len(set(expected["losses/grad_norm"])) == 3
+
+
+@pytest.mark.slow
+@over_scripts(SCRIPTS)
+def test_compiled_runs_repeat_bit_by_bit(script, compiling, monkeypatch, tmp_path, capsys):
+    """On two threads where threads are not set; also after a run with other arguments in the same process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ppo_atari, "nature_cnn", small_cnn)
+    args = make_args(script, **ENVIRONMENTS[script], seed=3)
+    assert args.compile
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    for name, ent_coef in (("one", 0.01), ("other", 0.02), ("again", 0.01)):
+        script.train(replace(args, run_name=name, ent_coef=ent_coef))
+    torch.set_num_threads(threads)
+    assert graphs() == (6 if script is ppo_atari else 3)
+    assert "slower without" not in capsys.readouterr().out
+    one, other, again = (losses(tmp_path / "runs" / name) for name in ("one", "other", "again"))
+    assert one == again != other
 
 
 @pytest.mark.slow
