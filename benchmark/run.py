@@ -96,7 +96,7 @@ STUDIES = (
                 f"{PONG_RECIPE} --total-timesteps 1500160 --precision {how}",
             )
         ]
-        for name, how in {"bf16": "bf16", "fp32": "fp32", "bf16-eager": "bf16 --no-compile"}.items()
+        for name, how in {"bf16": "bf16", "fp32": "fp32", "fp32-eager": "fp32 --no-compile"}.items()
     }
     | {
         f"torchrun/processes={processes}": [

@@ -37,7 +37,7 @@ RESULTS = ROOT / "benchmark" / "results" / "speed"
 CONTESTS = {
     "Pong": {
         "ours": "{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 9216",
-        "ours, fp32": "{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 6144"
+        "ours, fp32, eager": "{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 6144"
         " --precision fp32 --no-compile",
         "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_atari.py --env-id PongNoFrameskip-v4"
         " --total-timesteps 5120 --no-cuda",
@@ -120,6 +120,11 @@ def processor() -> str:
     names = [*re.findall(r"model name\s*: (.+)", text), platform.processor() or platform.machine()]
     units = sorted({*re.findall(r"\b(?:avx512|amx)_bf16\b", text)})
     return ", ".join([names[0], *units])
+
+
+def commit() -> str:
+    """Of this repository; "-dirty": changed since."""
+    return subprocess.getoutput(f'git -C "{ROOT}" describe --always --match= --abbrev=40 --dirty')
 
 
 def run(command: str, words: dict, environment: dict[str, str]) -> Measurement:
@@ -266,6 +271,7 @@ def main(rounds: int, checkouts: dict[str, str], interpreters: dict[str, str]) -
         report["contests"][contest] = {
             side: {
                 "command": command.format_map(SHORT),
+                "git_commit": commit(),
                 "steps_per_second": [round(one.steps_per_second, 1) for one in measured[side]],
                 "peak_megabytes": [round(one.peak_megabytes) for one in measured[side]],
             }
