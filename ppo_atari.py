@@ -46,7 +46,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
 
-if __name__ == "__main__":  # before torch is loaded: its idle threads soon leave their cores to the games
+if __name__ == "__main__":  # read by torch as it loads: idle threads soon leave their cores to games
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import ale_py
@@ -73,7 +73,7 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """What may change when a run is resumed; the arguments of Args itself may not: they define the run."""
+    """Arguments that may change when a run is resumed; those that Args adds may not: they define the run."""
 
     run_name: str | None = None  # the run is written to runs/RUN_NAME; default ENV_ID__EXP_NAME__SEED__TIME
     resume: bool = False  # go on with runs/RUN_NAME from its last checkpoint, or start it where there is none
@@ -164,9 +164,9 @@ class Envs:
     """N Atari games stepped together in C++ threads; all that is special about the simulator stays in here.
 
     Observations are the last 4 pictures, grey, 84x84, each the maximum of 2 frames; a game begins with up to
-    30 no-ops [DQN]. Sticky actions are as the id says, and so is the number of frames an action is held, but
-    4 where the id leaves that to the agent (NoFrameskip) or to chance (Pong-v4). In training, rewards become
-    their sign, and a lost life is terminal to the learner while the game and its score go on.
+    30 no-ops [DQN]. Whether actions are sticky is as the id says; an action is held for 4 frames (3 in
+    SpaceInvadersDeterministic), also where the id says 1 (NoFrameskip) or a random number (Pong-v4). In
+    training, rewards become their sign, and a lost life is terminal to the learner; game and score go on.
     """
 
     def __init__(self, args: Args, num_envs: int, seed, training: bool = True, videos: Path | None = None):
@@ -183,7 +183,7 @@ class Envs:
         self.action_space = self.envs.single_action_space
         self.close = self.envs.close
         self.num_envs, self.training = num_envs, training
-        self.first = rank() * num_envs if training else 0  # as many games are in earlier processes
+        self.first = rank() * num_envs if training else 0  # number of games in the processes before this one
         self.seeds = np.random.SeedSequence(seed).generate_state(self.first + num_envs)[self.first :] % 2**31
         self.num_steps = 0  # taken in all environments of all processes together
         self.finished: list[tuple[int, float, int]] = []  # (num_steps at its end, return, length) per episode
@@ -202,7 +202,7 @@ class Envs:
         game_over = truncations | (terminations & (infos["episode_frame_number"] < self.frames))
         self.frames = infos["episode_frame_number"].copy()
         for i in np.flatnonzero(game_over).tolist():
-            end = self.num_steps + self.first + i + 1
+            end = self.num_steps + self.first + i + 1  # as if one environment were stepped after the other
             self.finished.append((end, self.episodic_returns[i].item(), self.lengths[i].item()))
             self.episodic_returns[i] = self.lengths[i] = 0
         self.num_steps += self.num_envs * (world_size() if self.training else 1)
@@ -267,7 +267,7 @@ def game_options(env_id: str) -> dict[str, object]:
         raise ArgumentError(f"--env-id {env_id}: {str(error).rstrip('.')}; {form}") from None
     others = "ppo_continuous.py for Box actions or ppo_kl_penalty.py for Discrete ones"
     require("game" in options, f"--env-id {env_id} is not an Atari game, use {others}")
-    blinks = deterministic and options["game"] == "space_invaders"  # its shots, every 4 frames
+    blinks = deterministic and options["game"] == "space_invaders"  # its shots blink, every 4 frames
     return options | {"frameskip": 3 if blinks else 4}
 
 
@@ -275,7 +275,7 @@ def show(envs: gym.vector.VectorEnv, args: Args, videos: Path | None) -> gym.vec
     """The same environments, recorded as VIDEOS-episode-0.mp4 and so on, or shown in a window by --render."""
     if videos is None:
         return gym.wrappers.vector.HumanRendering(envs) if args.render else envs
-    warnings.filterwarnings("ignore", ".*(video|last frame)")  # the folder exists; a line says what is wrong
+    warnings.filterwarnings("ignore", ".*(video|last frame)")  # of a folder that exists; errors get a line
     wanted = {"episode_trigger": lambda episode: episode < args.eval_episodes, "name_prefix": videos.name}
     return gym.wrappers.vector.RecordVideo(envs, str(videos.parent), **wanted)
 
@@ -368,7 +368,7 @@ def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int, act=a
         followed.append((step.rewards, step.terminations, step.dones))
         if step.final_obs is not None:
             cut_values[t] = agent.value(torch.from_numpy(step.final_obs).to(device))
-        buffer.copy_(torch.from_numpy(step.obs))  # which a GPU has read: it has told the actions since
+        buffer.copy_(torch.from_numpy(step.obs))  # already read by a GPU: the actions came after that
         obs = buffer.to(device, non_blocking=True)
     actions, logprobs, values = (torch.stack(x) for x in zip(*acted, strict=True))
     outcome = torch.from_numpy(np.array(followed, dtype=np.float32)).to(device)  # (T, 3, N)
@@ -447,8 +447,8 @@ def update(
 ) -> dict[str, float]:
     """Learn from one rollout in epochs of minibatches; returns what to log, averaged over all of them."""
     advantages, returns = compute_gae(*rollout[3:], args.gamma, args.gae_lambda)  # from the rewards on
-    learned_from = (*rollout[:3], rollout.values, advantages, returns)  # (T, N, …) each, (B, …) from here on
-    obs, _, _, values, advantages, returns = batch = [x.flatten(0, 1) for x in learned_from]
+    learned_from = (*rollout[:3], rollout.values, advantages, returns)  # (T, N, …) each
+    obs, _, _, values, advantages, returns = batch = [x.flatten(0, 1) for x in learned_from]  # (B, …)
     (parameters,), history = optimizer.param_groups[0]["params"], []
     own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # clipped once averaged
     orders = torch.stack([torch.randperm(len(obs)) for _ in range(args.update_epochs)]).to(obs.device)
@@ -472,9 +472,9 @@ def update(
 
 @torch.no_grad()
 def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple[float, int]]:
-    """Return (unscaled) and length of --eval-episodes episodes, without a trace in the training's randomness.
+    """Return (unscaled) and length of --eval-episodes episodes; leaves the training's random numbers alone.
 
-    They are the first ones of each environment: whichever end first would mostly be short ones.
+    Each environment plays its share: the first episodes to end among all of them would mostly be short ones.
     """
     screens = {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
     if args.render and sys.platform == "linux" and not screens & os.environ.keys():
@@ -494,7 +494,7 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
             actions = policy.mode if args.deterministic else agent.sample(policy, agent.noise(num_envs))
             obs = envs.step(actions.cpu().numpy()).obs
             for step, *episode in envs.finished:
-                episodes[(step - 1) % num_envs].append(tuple(episode))
+                episodes[(step - 1) % num_envs].append(tuple(episode))  # environment i, see Envs.step
                 bar.update()
             envs.finished.clear()
     return [episodes[i % num_envs][i // num_envs] for i in range(args.eval_episodes)]
@@ -536,12 +536,11 @@ class Checkpoints:
 
     def __init__(self, args: Args, logger: "Logger", **parts):
         self.args, self.logger, self.parts = args, logger, parts | {"logger": logger}
-        self.best = None  # what best.pt is to be
+        self.new_best = None  # the state that the next save writes to best.pt
         self.saved, self.recorded, self.capture_video = time.monotonic(), logger.step, args.capture_video
         (logger.dir / "checkpoints").mkdir(exist_ok=True)
-        with suppress(ArgumentError):  # there is one; an attempt that failed writes it later than last.pt
-            best = load_checkpoint(logger.dir / "checkpoints" / "best.pt")["logger"]["best"]
-            logger.best = max(logger.best, best)
+        with suppress(ArgumentError):  # none yet; after a failure it is newer than last.pt
+            logger.best = load_checkpoint(logger.dir / "checkpoints" / "best.pt")["logger"]["best"]
 
     def state(self, iteration: int) -> dict[str, object]:
         about = {"format": 3, "script": Args.exp_name, "args": asdict(self.args), "iteration": iteration}
@@ -551,13 +550,13 @@ class Checkpoints:
     def after(self, iteration: int) -> None:
         """Saves the run every --checkpoint-interval, and remembers it where it plays better than before."""
         if self.logger.is_best():
-            self.best = copy.deepcopy(self.state(iteration))
+            self.new_best = copy.deepcopy(self.state(iteration))
         if time.monotonic() - self.saved >= 60.0 * self.args.checkpoint_interval:
             self.save(iteration)
             self.record()
 
     def save(self, iteration: int) -> None:
-        self.logger.flush()  # so that nothing older than the checkpoint can be missing
+        self.logger.flush()  # first: where there is a checkpoint, all that was logged before it is there too
         self.close()  # writes best.pt
         self.write("last.pt", self.state(iteration))
         self.saved = time.monotonic()
@@ -568,14 +567,14 @@ class Checkpoints:
             replace_file(self.logger.dir / "checkpoints" / name, buffer.getvalue())
 
     def close(self) -> None:  # also where training fails
-        if self.best is not None:
-            self.write("best.pt", self.best)
-        self.best = None
+        if self.new_best is not None:
+            self.write("best.pt", self.new_best)
+        self.new_best = None
 
     def record(self) -> None:
         """With --capture-video: plays an episode, for an mp4 and charts/eval_return."""
         step, args = self.logger.step, replace(self.args, eval_episodes=1)
-        if not self.capture_video or step == self.recorded:
+        if rank() > 0 or not self.capture_video or step == self.recorded:
             return
         self.recorded = step
         video = self.logger.dir / "videos" / f"step-{step}"
@@ -634,7 +633,7 @@ def checkpoint_to_resume(args: Args) -> dict | None:
 
 def restore(checkpoint: dict, args: Args, **parts) -> None:
     """Loads the state of all parts, and that of the random numbers."""
-    with fitting(Path("runs", args.run_name, "checkpoints", "last.pt"), args.env_id):
+    with fitting(checkpoint_path(args), args.env_id):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
@@ -704,7 +703,7 @@ def noted_signals() -> Iterator[list[int]]:
         alone = world_size() == 1  # torchrun repeats what it gets
         for again in (signal.SIG_IGN, signal.SIG_DFL) if alone else (signal.SIG_IGN,):
             for caught in handlers:  # a terminal that closes sends SIGHUP up to three times
-                signal.signal(caught, again if caught in stop_signals()[:2] else signal.SIG_IGN)
+                signal.signal(caught, again if caught in (signal.SIGINT, signal.SIGTERM) else signal.SIG_IGN)
             time.sleep(0.1)  # timeout(1) sends the same signal twice at once
         at_once = "; a second signal stops at once" if alone else ""
         with suppress(OSError):  # as in say()
@@ -745,7 +744,7 @@ class Logger:
         self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
         self.wandb = None
         try:
-            self.wandb = init_wandb(args, self.dir) if args.track else None
+            self.wandb = init_wandb(args, self.dir) if args.track and rank() == 0 else None
         except Exception as error:  # no network, or the project has a run of this name
             say(f"training goes on without W&B: {one_line(error)}")
         self.status, self.printed = "", time.monotonic()
@@ -860,7 +859,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Which of them this one is, from 0 on."""
+    """Number of this process among them, from 0 on."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -887,13 +886,13 @@ def moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def process_group(args: Args) -> Iterator[Args]:
+def process_group() -> Iterator[None]:
     """Joins the processes of torchrun, if any: what all but the first one print is thrown away."""
     with ExitStack() as stack:
         if world_size() > 1:
             store, *_ = next(distributed.rendezvous("env://"))
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # then it outlives an attempt, and
-                # a restart finds the addresses of the dead in it, unless each attempt has its own prefix
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives an attempt:
+                # a restart would find the addresses of the dead in it, so each attempt gets its own prefix
                 store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             nccl = torch.cuda.is_available() and distributed.is_nccl_available()  # not on Windows
             backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
@@ -901,8 +900,7 @@ def process_group(args: Args) -> Iterator[Args]:
             stack.callback(distributed.destroy_process_group)
         if rank() > 0:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", errors="replace"))))
-            args = replace(args, track=False, capture_video=False)
-        yield args
+        yield
 
 
 def open_csv(path: Path, step: int):
@@ -934,18 +932,17 @@ def init_wandb(args: Args, run_dir: Path):
     """A W&B run named as its folder; offline, and never a prompt, where nobody is logged in."""
     import wandb
 
-    try:
-        usable = os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.login(prompt=False)
-    except wandb.Error:  # a wrong key, or no network to check it
-        usable = False
+    mode = "offline"
+    with suppress(wandb.Error):  # a wrong key, or no network to check it
+        if os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.login(prompt=False):
+            mode = None  # as WANDB_MODE says, or else online
     where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
     identity = {"name": run_dir.name, "id": slug(run_dir.name), "resume": "allow" if args.resume else "never"}
-    mode = None if usable else "offline"
     return wandb.init(**identity, **where, config=asdict(args), save_code=True, mode=mode)
 
 
 def prepare(args: Args, iteration: int = 0) -> torch.device:
-    """Returns the device; prepares torch for it, and seeds everybody's random numbers."""
+    """Returns the device; prepares torch for it, and seeds torch, NumPy and Python."""
     mps = torch.backends.mps.is_available() and world_size() == 1  # for which torchrun has no means
     auto = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     name = auto if args.device == "auto" else args.device
@@ -991,7 +988,7 @@ def make_optimizer(agent: Agent, args: Args) -> torch.optim.Optimizer:
 
 
 def start_compiler(device: torch.device) -> None:
-    """Starts its processes for a GPU: if a closing terminal ended them, it would wait for them forever."""
+    """Starts the compiler's processes for a GPU, deaf to SIGHUP: it would wait for dead ones forever."""
     if device.type == "cuda" and hasattr(signal, "SIGHUP"):
         from torch._inductor.async_compile import maybe_warm_pool
 
@@ -1041,10 +1038,7 @@ def train(args: Args) -> float:
     checkpoint = checkpoint_to_resume(args)
     iteration = checkpoint["iteration"] if checkpoint else 0
     device = prepare(args, iteration)
-    with (
-        process_group(args) as args,
-        closing(Envs(args, args.num_envs // world_size(), [args.seed, iteration])) as envs,
-    ):
+    with process_group(), closing(Envs(args, args.num_envs // world_size(), [args.seed, iteration])) as envs:
         agent = make_agent(args, envs, device)
         optimizer = make_optimizer(agent, args)
         fast_act, fast_gradient = accelerate(args, agent, device)

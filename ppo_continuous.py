@@ -67,7 +67,7 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """What may change when a run is resumed; the arguments of Args itself may not: they define the run."""
+    """Arguments that may change when a run is resumed; those that Args adds may not: they define the run."""
 
     run_name: str | None = None  # the run is written to runs/RUN_NAME; default ENV_ID__EXP_NAME__SEED__TIME
     resume: bool = False  # go on with runs/RUN_NAME from its last checkpoint, or start it where there is none
@@ -190,8 +190,8 @@ class Envs:
     """
 
     def __init__(self, args: Args, num_envs: int, seed, training: bool = True, videos: Path | None = None):
-        def make_env(seed: int) -> gym.Env:  # flat and fresh observations: SAME_STEP does not copy final_obs
-            if os.getpid() != pid:  # one of --async-envs; the main process decides when to stop
+        def make_env(seed: int) -> gym.Env:
+            if os.getpid() != pid:  # a process of --async-envs: the main one decides when to stop
                 for number in stop_signals():
                     signal.signal(number, signal.SIG_IGN)
                 signal.signal(signal.SIGTERM, lambda *_: None)  # a simulator's process would inherit SIG_IGN
@@ -205,9 +205,9 @@ class Envs:
             if rendering and hasattr(env.unwrapped, "mujoco_renderer"):
                 with suppress(KeyError):  # the camera that follows the robot, where there is one
                     env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera("track").id
-            return gym.wrappers.FlattenObservation(env)
+            return gym.wrappers.FlattenObservation(env)  # which copies: SAME_STEP does not copy final_obs
 
-        self.first = rank() * num_envs if training else 0  # as many environments are in earlier processes
+        self.first = rank() * num_envs if training else 0  # how many the processes before this one have
         self.seeds = np.random.SeedSequence(seed).generate_state(self.first + num_envs)[self.first :].tolist()
         pid = os.getpid()
         rendering = {"render_mode": "rgb_array"} if videos or args.render else {}
@@ -246,7 +246,7 @@ class Envs:
         self.episodic_returns += rewards
         self.lengths += 1
         for i in np.flatnonzero(dones).tolist():
-            end = self.num_steps + self.first + i + 1
+            end = self.num_steps + self.first + i + 1  # as if one environment were stepped after the other
             self.finished.append((end, self.episodic_returns[i].item(), self.lengths[i].item()))
             self.episodic_returns[i] = self.lengths[i] = 0
         self.num_steps += self.num_envs * (world_size() if self.training else 1)
@@ -257,7 +257,7 @@ class Envs:
         return Step(obs, rewards, terminations, dones, final_obs)
 
     def scale(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:  # (T, N)
-        """The rewards of a rollout as they are learned from; once for each, in all processes together."""
+        """Rewards as the learner gets them; called once for each rollout, in all processes together."""
         returns = np.empty(rewards.shape)  # discounted, of the episodes so far
         for t in range(len(returns)):
             returns[t] = self.discounted_returns * self.gamma + rewards[t]
@@ -289,7 +289,7 @@ def show(envs: gym.vector.VectorEnv, args: Args, videos: Path | None) -> gym.vec
     """The same environments, recorded as VIDEOS-episode-0.mp4 and so on, or shown in a window by --render."""
     if videos is None:
         return gym.wrappers.vector.HumanRendering(envs) if args.render else envs
-    warnings.filterwarnings("ignore", ".*(video|last frame)")  # the folder exists; a line says what is wrong
+    warnings.filterwarnings("ignore", ".*(video|last frame)")  # of a folder that exists; errors get a line
     wanted = {"episode_trigger": lambda episode: episode < args.eval_episodes, "name_prefix": videos.name}
     return gym.wrappers.vector.RecordVideo(envs, str(videos.parent), **wanted)
 
@@ -354,7 +354,7 @@ def act(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
 def numpy_act(agent: Agent) -> Callable:
     """act() of this agent, on a CPU: calling PyTorch takes longer than computing a network this small."""
     mean, var = agent.normalize.mean.numpy(), agent.normalize.var.numpy()
-    arrays = [x.detach().numpy() for x in agent.actor.parameters()]  # its memory, only changed in place
+    arrays = [x.detach().numpy() for x in agent.actor.parameters()]  # views: updates are in place
     *hidden, last = zip(arrays[::2], arrays[1::2], strict=True)
     log_std = agent.log_std.detach().numpy()
 
@@ -384,7 +384,7 @@ def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int, act=a
     outcome = np.array(followed, dtype=np.float32)  # (T, 3, N)
     all_obs, all_actions = (torch.stack(rows) for rows in zip(*acted, strict=True))
     finite = [x.isfinite().all() for x in (torch.from_numpy(outcome), all_obs, obs, *cut_values.values())]
-    if not all(finite):  # all statistics would be, too
+    if not all(finite):  # it would spoil the running statistics for good
         raise FloatingPointError("an observation or a reward of the environment is NaN or infinite")
     outcome[:, 0] = envs.scale(outcome[:, 0], outcome[:, 2])
     rewards, terminations, dones = torch.from_numpy(outcome).to(device).unbind(1)
@@ -465,8 +465,8 @@ def update(
 ) -> dict[str, float]:
     """Learn from one rollout in epochs of minibatches; returns what to log, averaged over all of them."""
     advantages, returns = compute_gae(*rollout[3:], args.gamma, args.gae_lambda)  # from the rewards on
-    learned_from = (*rollout[:3], rollout.values, advantages, returns)  # (T, N, …) each, (B, …) from here on
-    obs, _, _, values, advantages, returns = batch = [x.flatten(0, 1) for x in learned_from]
+    learned_from = (*rollout[:3], rollout.values, advantages, returns)  # (T, N, …) each
+    obs, _, _, values, advantages, returns = batch = [x.flatten(0, 1) for x in learned_from]  # (B, …)
     (parameters,), history = optimizer.param_groups[0]["params"], []
     own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # clipped once averaged
     orders = torch.stack([torch.randperm(len(obs)) for _ in range(args.update_epochs)]).to(obs.device)
@@ -492,9 +492,9 @@ def update(
 
 @torch.no_grad()
 def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple[float, int]]:
-    """Return (unscaled) and length of --eval-episodes episodes, without a trace in the training's randomness.
+    """Return (unscaled) and length of --eval-episodes episodes; leaves the training's random numbers alone.
 
-    They are the first ones of each environment: whichever end first would mostly be short ones.
+    Each environment plays its share: the first episodes to end among all of them would mostly be short ones.
     """
     screens = {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
     if args.render and sys.platform == "linux" and not screens & os.environ.keys():
@@ -514,7 +514,7 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
             actions = policy.mode if args.deterministic else agent.sample(policy, agent.noise(num_envs))
             obs = envs.step(actions.cpu().numpy()).obs
             for step, *episode in envs.finished:
-                episodes[(step - 1) % num_envs].append(tuple(episode))
+                episodes[(step - 1) % num_envs].append(tuple(episode))  # environment i, see Envs.step
                 bar.update()
             envs.finished.clear()
     return [episodes[i % num_envs][i // num_envs] for i in range(args.eval_episodes)]
@@ -556,12 +556,11 @@ class Checkpoints:
 
     def __init__(self, args: Args, logger: "Logger", **parts):
         self.args, self.logger, self.parts = args, logger, parts | {"logger": logger}
-        self.best = None  # what best.pt is to be
+        self.new_best = None  # the state that the next save writes to best.pt
         self.saved, self.recorded, self.capture_video = time.monotonic(), logger.step, args.capture_video
         (logger.dir / "checkpoints").mkdir(exist_ok=True)
-        with suppress(ArgumentError):  # there is one; an attempt that failed writes it later than last.pt
-            best = load_checkpoint(logger.dir / "checkpoints" / "best.pt")["logger"]["best"]
-            logger.best = max(logger.best, best)
+        with suppress(ArgumentError):  # none yet; after a failure it is newer than last.pt
+            logger.best = load_checkpoint(logger.dir / "checkpoints" / "best.pt")["logger"]["best"]
 
     def state(self, iteration: int) -> dict[str, object]:
         about = {"format": 3, "script": Args.exp_name, "args": asdict(self.args), "iteration": iteration}
@@ -571,13 +570,13 @@ class Checkpoints:
     def after(self, iteration: int) -> None:
         """Saves the run every --checkpoint-interval, and remembers it where it plays better than before."""
         if self.logger.is_best():
-            self.best = copy.deepcopy(self.state(iteration))
+            self.new_best = copy.deepcopy(self.state(iteration))
         if time.monotonic() - self.saved >= 60.0 * self.args.checkpoint_interval:
             self.save(iteration)
             self.record()
 
     def save(self, iteration: int) -> None:
-        self.logger.flush()  # so that nothing older than the checkpoint can be missing
+        self.logger.flush()  # first: where there is a checkpoint, all that was logged before it is there too
         self.close()  # writes best.pt
         self.write("last.pt", self.state(iteration))
         self.saved = time.monotonic()
@@ -588,14 +587,14 @@ class Checkpoints:
             replace_file(self.logger.dir / "checkpoints" / name, buffer.getvalue())
 
     def close(self) -> None:  # also where training fails
-        if self.best is not None:
-            self.write("best.pt", self.best)
-        self.best = None
+        if self.new_best is not None:
+            self.write("best.pt", self.new_best)
+        self.new_best = None
 
     def record(self) -> None:
         """With --capture-video: plays an episode, for an mp4 and charts/eval_return."""
         step, args = self.logger.step, replace(self.args, eval_episodes=1)
-        if not self.capture_video or step == self.recorded:
+        if rank() > 0 or not self.capture_video or step == self.recorded:
             return
         self.recorded = step
         video = self.logger.dir / "videos" / f"step-{step}"
@@ -654,7 +653,7 @@ def checkpoint_to_resume(args: Args) -> dict | None:
 
 def restore(checkpoint: dict, args: Args, **parts) -> None:
     """Loads the state of all parts, and that of the random numbers."""
-    with fitting(Path("runs", args.run_name, "checkpoints", "last.pt"), args.env_id):
+    with fitting(checkpoint_path(args), args.env_id):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
@@ -724,7 +723,7 @@ def noted_signals() -> Iterator[list[int]]:
         alone = world_size() == 1  # torchrun repeats what it gets
         for again in (signal.SIG_IGN, signal.SIG_DFL) if alone else (signal.SIG_IGN,):
             for caught in handlers:  # a terminal that closes sends SIGHUP up to three times
-                signal.signal(caught, again if caught in stop_signals()[:2] else signal.SIG_IGN)
+                signal.signal(caught, again if caught in (signal.SIGINT, signal.SIGTERM) else signal.SIG_IGN)
             time.sleep(0.1)  # timeout(1) sends the same signal twice at once
         at_once = "; a second signal stops at once" if alone else ""
         with suppress(OSError):  # as in say()
@@ -765,7 +764,7 @@ class Logger:
         self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
         self.wandb = None
         try:
-            self.wandb = init_wandb(args, self.dir) if args.track else None
+            self.wandb = init_wandb(args, self.dir) if args.track and rank() == 0 else None
         except Exception as error:  # no network, or the project has a run of this name
             say(f"training goes on without W&B: {one_line(error)}")
         self.status, self.printed = "", time.monotonic()
@@ -880,7 +879,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Which of them this one is, from 0 on."""
+    """Number of this process among them, from 0 on."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -907,13 +906,13 @@ def moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def process_group(args: Args) -> Iterator[Args]:
+def process_group() -> Iterator[None]:
     """Joins the processes of torchrun, if any: what all but the first one print is thrown away."""
     with ExitStack() as stack:
         if world_size() > 1:
             store, *_ = next(distributed.rendezvous("env://"))
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # then it outlives an attempt, and
-                # a restart finds the addresses of the dead in it, unless each attempt has its own prefix
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives an attempt:
+                # a restart would find the addresses of the dead in it, so each attempt gets its own prefix
                 store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             nccl = torch.cuda.is_available() and distributed.is_nccl_available()  # not on Windows
             backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
@@ -921,8 +920,7 @@ def process_group(args: Args) -> Iterator[Args]:
             stack.callback(distributed.destroy_process_group)
         if rank() > 0:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", errors="replace"))))
-            args = replace(args, track=False, capture_video=False)
-        yield args
+        yield
 
 
 def open_csv(path: Path, step: int):
@@ -954,18 +952,17 @@ def init_wandb(args: Args, run_dir: Path):
     """A W&B run named as its folder; offline, and never a prompt, where nobody is logged in."""
     import wandb
 
-    try:
-        usable = os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.login(prompt=False)
-    except wandb.Error:  # a wrong key, or no network to check it
-        usable = False
+    mode = "offline"
+    with suppress(wandb.Error):  # a wrong key, or no network to check it
+        if os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.login(prompt=False):
+            mode = None  # as WANDB_MODE says, or else online
     where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
     identity = {"name": run_dir.name, "id": slug(run_dir.name), "resume": "allow" if args.resume else "never"}
-    mode = None if usable else "offline"
     return wandb.init(**identity, **where, config=asdict(args), save_code=True, mode=mode)
 
 
 def prepare(args: Args, iteration: int = 0) -> torch.device:
-    """Returns the device; prepares torch for it, and seeds everybody's random numbers."""
+    """Returns the device; prepares torch for it, and seeds torch, NumPy and Python."""
     name = "cpu" if args.device == "auto" else args.device  # a GPU takes longer to call than it computes
     known = re.fullmatch(r"cpu|(cuda|mps)(:\d+)?", name)
     require(known is not None, f"--device {name}: not auto, cpu, cuda, cuda:1 or mps")
@@ -1001,7 +998,7 @@ def make_optimizer(agent: Agent, args: Args) -> torch.optim.Optimizer:
 
 
 def start_compiler(device: torch.device) -> None:
-    """Starts its processes for a GPU: if a closing terminal ended them, it would wait for them forever."""
+    """Starts the compiler's processes for a GPU, deaf to SIGHUP: it would wait for dead ones forever."""
     if device.type == "cuda" and hasattr(signal, "SIGHUP"):
         from torch._inductor.async_compile import maybe_warm_pool
 
@@ -1039,9 +1036,9 @@ def compiled(function: Callable, device: torch.device) -> Callable:
 
 
 def agrees(agent: Agent) -> bool:
-    """Whether numpy_act() and act() agree, for random weights; they do not where only Agent was changed."""
+    """Whether numpy_act() computes what act() does; not so once somebody has changed Agent alone."""
     probe = copy.deepcopy(agent)
-    with suppress(Exception), torch.random.fork_rng([]), torch.no_grad():  # of layers with other parameters
+    with suppress(Exception), torch.random.fork_rng([]), torch.no_grad():  # numpy_act() may not even run
         for parameter in probe.parameters():
             parameter.normal_(std=0.3)  # so small that noise decides as well, if actions are Discrete
         probe.normalize.mean.normal_()
@@ -1068,10 +1065,7 @@ def train(args: Args) -> float:
     checkpoint = checkpoint_to_resume(args)
     iteration = checkpoint["iteration"] if checkpoint else 0
     device = prepare(args, iteration)
-    with (
-        process_group(args) as args,
-        closing(Envs(args, args.num_envs // world_size(), [args.seed, iteration])) as envs,
-    ):
+    with process_group(), closing(Envs(args, args.num_envs // world_size(), [args.seed, iteration])) as envs:
         agent = make_agent(args, envs, device)
         optimizer = make_optimizer(agent, args)
         fast_act, fast_gradient = accelerate(args, agent, device)

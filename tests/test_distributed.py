@@ -736,7 +736,7 @@ def test_attempts_share_no_keys(script, monkeypatch, shared):
     monkeypatch.setattr(distributed, "rendezvous", lambda _: iter([(store, 0, 2)]))
     monkeypatch.setattr(distributed, "init_process_group", lambda **options: started.update(options))
     monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
-    with script.process_group(run_args(script)):
+    with script.process_group():
         started["store"].set("address", "here")
     assert store.check(["3/address" if shared == "True" else "address"])
 
@@ -752,7 +752,7 @@ def test_gloo_for_a_cpu_and_nccl_for_a_gpu(script, monkeypatch, gpu, nccl):
     started = {}
     monkeypatch.setattr(distributed, "init_process_group", lambda **options: started.update(options))
     monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
-    with script.process_group(run_args(script)):
+    with script.process_group():
         found = distributed.distributed_c10d.BackendConfig(distributed.Backend(started["backend"]))
     assert found.get_device_backend_map()["cpu"] == "gloo"
     assert found.get_device_backend_map()["cuda"] == ("nccl" if gpu and nccl else "gloo")
@@ -763,7 +763,7 @@ def test_what_other_processes_print_is_thrown_away(script, monkeypatch, capsys):
     """Also what the locale cannot encode."""
     monkeypatch.setattr(script, "rank", lambda: 1)
     monkeypatch.setattr(script, "open", partial(open, encoding="ascii"), raising=False)
-    with script.process_group(run_args(script)):
+    with script.process_group():
         print("µs per step")
     print("here")
     assert capsys.readouterr().out == "here\n"
@@ -838,11 +838,13 @@ def test_the_second_process_stays_where_it_is(script, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "init_wandb", lambda *_: pytest.fail("tracks"))
-    with (
-        script.process_group(run_args(script, run_name="run", track=True, capture_video=True)) as args,
-        closing(script.Logger(args)) as logger,
-    ):
-        assert Path.cwd() == tmp_path and not args.capture_video
+    monkeypatch.setattr(script, "evaluate", lambda *_: pytest.fail("records"))
+    args = run_args(script, run_name="run", track=True, capture_video=True)
+    with script.process_group(), closing(script.Logger(args)) as logger:
+        checkpoints = script.Checkpoints(args, logger, agent=None)
+        checkpoints.recorded = None
+        checkpoints.record()
+        assert Path.cwd() == tmp_path
         assert (logger.dir / "args.json").exists()
     assert not logger.dir.parent.exists() and [*tmp_path.iterdir()] == []
 
@@ -868,7 +870,7 @@ def test_one_process_has_nothing_to_do_with_others(script, tmp_path, monkeypatch
     mean, variance = script.moments(x, dim=1)
     torch.testing.assert_close(mean, x.mean(1, keepdim=True))
     torch.testing.assert_close(variance, x.var(1, correction=0, keepdim=True))
-    with script.process_group(args) as inside:
-        assert inside is args and Path.cwd() != tmp_path
+    with script.process_group():
+        assert Path.cwd() != tmp_path
     train_in(tmp_path, args)
     assert len([*tmp_path.glob("runs/*/checkpoints/last.pt")]) == 1
