@@ -113,6 +113,9 @@ class Args(Setup):
     num_iterations = property(lambda self: self.total_timesteps // self.batch_size)
 
     def __post_init__(self) -> None:
+        for name, x in vars(self).items():
+            if isinstance(x, np.generic):  # of a sweep; files keep plain numbers
+                object.__setattr__(self, name, x.item())
         counts = "num_envs num_steps num_minibatches update_epochs total_timesteps eval_episodes".split()
         coefs = ("learning_rate", "clip_coef", "ent_coef", "vf_coef")
         for names, valid, rule in (
@@ -490,9 +493,23 @@ def update(
     return means | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
 
 
+@contextmanager  # which makes a decorator as well
+def undisturbed() -> Iterator[None]:
+    """Leaves random numbers and threads to the caller, a training or a sweep, as they were."""
+    numpy_state, python_state, threads = np.random.get_state(), random.getstate(), torch.get_num_threads()
+    try:
+        with torch.random.fork_rng([]):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+        torch.set_num_threads(threads)
+
+
+@undisturbed()
 @torch.no_grad()
 def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple[float, int]]:
-    """Return (unscaled) and length of --eval-episodes episodes; leaves the training's random numbers alone.
+    """Return (unscaled) and length of --eval-episodes episodes.
 
     Each environment plays its share: the first episodes to end among all of them would mostly be short ones.
     """
@@ -501,12 +518,10 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
         raise OSError("there is no display")  # SDL would draw where nobody sees it
     num_envs = 1 if videos or args.render else min(args.eval_episodes, args.num_envs)
     episodes, device = [[] for _ in range(num_envs)], next(agent.parameters()).device
-    with ExitStack() as stack, torch.random.fork_rng([]):
-        stack.callback(np.random.set_state, np.random.get_state())
-        stack.callback(random.setstate, random.getstate())
-        envs = Envs(args, num_envs, [args.seed, 0, 1], training=False, videos=videos)
-        stack.callback(envs.close)
-        bar = stack.enter_context(tqdm(unit=" episodes", file=sys.stdout, leave=False, disable=None))
+    with (
+        closing(Envs(args, num_envs, [args.seed, 0, 1], training=False, videos=videos)) as envs,
+        tqdm(unit=" episodes", file=sys.stdout, leave=False, disable=None) as bar,
+    ):
         torch.manual_seed(args.seed)
         obs = envs.reset()
         while any(len(episodes[i % num_envs]) <= i // num_envs for i in range(args.eval_episodes)):
@@ -520,6 +535,7 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple
     return [episodes[i % num_envs][i // num_envs] for i in range(args.eval_episodes)]
 
 
+@undisturbed()
 def evaluate_checkpoint(args: Args) -> None:
     """Prints a table, and writes it with every episode to eval.json beside the checkpoint."""
     path = checkpoint_path(args)
@@ -720,11 +736,12 @@ def noted_signals() -> Iterator[list[int]]:
 
     def note(number: int, _) -> None:
         noted.append(number)
+        for caught in handlers:  # a terminal that closes sends SIGHUP up to three times
+            signal.signal(caught, signal.SIG_IGN)
+        time.sleep(0.1)  # timeout(1) sends the same signal twice at once
         alone = world_size() == 1  # torchrun repeats what it gets
-        for again in (signal.SIG_IGN, signal.SIG_DFL) if alone else (signal.SIG_IGN,):
-            for caught in handlers:  # a terminal that closes sends SIGHUP up to three times
-                signal.signal(caught, again if caught in (signal.SIGINT, signal.SIGTERM) else signal.SIG_IGN)
-            time.sleep(0.1)  # timeout(1) sends the same signal twice at once
+        for caught in handlers.keys() & {signal.SIGINT, signal.SIGTERM} if alone else ():
+            signal.signal(caught, handlers[caught])
         at_once = "; a second signal stops at once" if alone else ""
         with suppress(OSError):  # as in say()
             if rank() == 0:
@@ -732,7 +749,7 @@ def noted_signals() -> Iterator[list[int]]:
 
     with suppress(ValueError):  # only the main thread can catch any
         for number in stop_signals():
-            if signal.getsignal(number) != signal.SIG_IGN:  # as in the background, or by nohup(1)
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # by nohup(1), or not Python's
                 handlers[number] = signal.signal(number, note)
     try:
         yield noted
@@ -748,7 +765,7 @@ class Logger:
     """
 
     def __init__(self, args: Args, state: dict | None = None):
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.6f}"
         self.elsewhere = TemporaryDirectory() if rank() > 0 else None  # only the first process writes the run
         self.dir = Path(self.elsewhere.name if self.elsewhere else "runs", args.run_name or slug(name))
         try:
@@ -1060,6 +1077,7 @@ def accelerate(args: Args, agent: Agent, device: torch.device) -> tuple[Callable
     return fast_act, compiled(minibatch_gradient, device)
 
 
+@undisturbed()
 def train(args: Args) -> float:
     """[PPO] algorithm 1; returns the mean return of the last 100 episodes."""
     checkpoint = checkpoint_to_resume(args)

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from fakes import SCRIPTS, over_scripts
@@ -1190,12 +1191,14 @@ def test_closing_the_terminal(tmp_path):
 def test_a_terminal_may_hang_up_again(script, monkeypatch, capfd):
     """The kernel tells the program, so does the shell, and the kernel once more when the shell ends."""
     previous = signal.signal(signal.SIGHUP, lambda *_: None)  # or what nohup(1) ignores stays ignored
+    interrupt = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(script.time, "sleep", lambda _: None)
     try:
         with script.noted_signals() as noted:
             os.kill(os.getpid(), signal.SIGHUP)
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one stops at once
+            assert signal.getsignal(signal.SIGINT) is interrupt  # or a notebook would lose everything
         assert noted == [signal.SIGHUP]
     finally:
         signal.signal(signal.SIGHUP, previous)
@@ -1204,18 +1207,11 @@ def test_a_terminal_may_hang_up_again(script, monkeypatch, capfd):
 @over_scripts(SCRIPTS)
 def test_the_same_signal_twice_at_once_counts_once(script, monkeypatch, capfd):
     """As timeout(1) sends it: to the process, and in the same moment to its group."""
-    handlers = []
-
-    def second_signal(_):
-        handlers.append(signal.getsignal(signal.SIGTERM))
-        if len(handlers) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(script.time, "sleep", second_signal)
+    monkeypatch.setattr(script.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     with script.noted_signals() as noted:
         os.kill(os.getpid(), signal.SIGTERM)
-        signal.getsignal(signal.SIGTERM)  # a handler runs between two lines
-    assert noted == [signal.SIGTERM] and handlers == [signal.SIG_IGN, signal.SIG_DFL]
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert noted == [signal.SIGTERM]
 
 
 def test_a_limit_to_the_size_of_files(forks, tmp_path):
@@ -1275,3 +1271,37 @@ def test_wandb_knows_a_resumed_run(forks, tmp_path):
     assert len(folders) == 2
     assert {path.name.rpartition("-")[2] for path in folders} == {"run"}
     assert last(tmp_path)["iteration"] == 6
+
+
+# ---- sweeps: several runs in one process ----
+
+
+def shared_state() -> list:
+    numpy_state = [x.tolist() if isinstance(x, np.ndarray) else x for x in np.random.get_state()]
+    return [numpy_state, random.getstate(), torch.get_rng_state().tolist(), torch.get_num_threads()]
+
+
+@over_scripts(SCRIPTS)
+def test_a_sweep_draws_what_it_would_draw_without_training(script, here):
+    """A random search would try the same again and again."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        before = shared_state()
+        script.train(tiny_args(script, compile=False))
+        assert shared_state() == before
+        script.evaluate_checkpoint(tiny_args(script, evaluate="runs/run", eval_episodes=1))
+        assert shared_state() == before
+    finally:
+        torch.set_num_threads(threads)
+
+
+@over_scripts(SCRIPTS)
+def test_arguments_may_be_scalars_of_numpy(script, here):
+    """As np.logspace() and random generators give them; files have plain ones, and can be read."""
+    scalars = {"seed": np.int64(7), "learning_rate": np.float64(1e-3), "gamma": np.float32(0.5)}
+    script.train(tiny_args(script, compile=np.bool_(False), **scalars))
+    found = asdict(script.load_checkpoint(Path("runs/run/checkpoints/last.pt"))["args"])
+    expected = {"seed": 7, "learning_rate": 1e-3, "gamma": 0.5, "compile": False}
+    assert {name: found[name] for name in expected} == expected
+    assert [type(found[name]) for name in expected] == [int, float, float, bool]

@@ -276,11 +276,11 @@ def test_solved_is_the_mean_of_the_last_100_episodes(script, here):
 @over_scripts(SCRIPTS)
 def test_default_name_is_new_for_every_run(script, here, monkeypatch):
     args = short_args(script, run_name=None)
-    for now in (1e9, 1e9 + 1):
+    for now in (1e9, 1e9 + 0.001):  # as in a sweep
         monkeypatch.setattr(script.time, "time", lambda now=now: now)
         script.Logger(args).close()
     names = sorted(path.name for path in (here / "runs").iterdir())
-    assert names == [f"{args.env_id}__{args.exp_name}__1__100000000{i}" for i in range(2)]
+    assert names == [f"{args.env_id}__{args.exp_name}__1__1000000000.00{i}000" for i in range(2)]
 
 
 @over_scripts(SCRIPTS)
