@@ -268,10 +268,10 @@ def main(rounds: int, checkouts: dict[str, str], interpreters: dict[str, str]) -
             one = run(command, words, environment)
             measured[side].append(one)
             print(f"{contest}, {side}: {one.steps_per_second:.0f} steps/s", flush=True)
+        report.setdefault("git_commits", {})[contest] = commit()
         report["contests"][contest] = {
             side: {
                 "command": command.format_map(SHORT),
-                "git_commit": commit(),
                 "steps_per_second": [round(one.steps_per_second, 1) for one in measured[side]],
                 "peak_megabytes": [round(one.peak_megabytes) for one in measured[side]],
             }

@@ -290,7 +290,7 @@ def test_speeds_of_two_surroundings_are_not_mixed(name, tmp_path, monkeypatch):
     monkeypatch.setattr(plot.speed, "run", lambda *_: plot.speed.Measurement(100.0, 1.0, None, ()))
     plot.speed.main(1, {}, {"baseline": "python"})
     report = json.loads((tmp_path / "speed.json").read_text())
-    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", report["contests"]["Pong"]["ours"]["git_commit"])
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", report["git_commits"]["Pong"])
     report |= {"first_iteration": {"Pong": {"empty": 24.5, "warm": 7.5}}}
     row = {"steps_per_second": 400, "env": 300.4, "act": 1200.0, "update": 999.6}
     report |= {"sweep": {"Pong": {"8": row}}}

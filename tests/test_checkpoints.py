@@ -1141,15 +1141,16 @@ def test_ctrl_c_into_a_pipeline(tmp_path, stderr):
 
 
 @pytest.mark.parametrize("number", ppo_kl_penalty.stop_signals(), ids=lambda number: number.name)
-def test_second_signal_ends_a_process_at_once(forks, tmp_path, number):
+@pytest.mark.parametrize(("second", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_second_signal_ends_a_process_at_once(forks, tmp_path, number, second, status):
     process = forks(tmp_path, *small_iterations(10, num_steps=1_000_000, total_timesteps=10_000_000))
     wait_for((tmp_path / "runs" / "run" / "checkpoints" / "last.pt").exists)
     process.signal(number)
     wait_for(lambda: "second signal" in process.err.read_text())
     begin = time.monotonic()
-    process.signal(signal.SIGTERM)
+    process.signal(second)
     outcome = process.wait()
-    assert outcome.status == -signal.SIGTERM and "Traceback" not in outcome.err
+    assert outcome.status == status and "Traceback" not in outcome.err
     assert time.monotonic() - begin < 10.0
     assert last(tmp_path)["iteration"] == 0
 

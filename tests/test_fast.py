@@ -49,6 +49,13 @@ def close(found, expected, rtol: float = 1e-4, atol: float = 1e-5) -> None:
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
+@pytest.fixture(autouse=True)
+def said_nothing_yet():
+    """A line that another test has seen would not come again."""
+    for script in SCRIPTS:
+        script.say_once.cache_clear()
+
+
 def shift(agent, seed: int = 0) -> None:
     """Every parameter a little."""
     torch.manual_seed(seed)
@@ -709,10 +716,12 @@ def test_compiled_runs_repeat_bit_by_bit(script, compiling, monkeypatch, tmp_pat
     args = make_args(script, **ENVIRONMENTS[script], seed=3)
     assert args.compile
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    for name, ent_coef in (("one", 0.01), ("other", 0.02), ("again", 0.01)):
-        script.train(replace(args, run_name=name, ent_coef=ent_coef))
-    torch.set_num_threads(threads)
+    try:
+        torch.set_num_threads(2)
+        for name, ent_coef in (("one", 0.01), ("other", 0.02), ("again", 0.01)):
+            script.train(replace(args, run_name=name, ent_coef=ent_coef))
+    finally:
+        torch.set_num_threads(threads)
     assert graphs() == (6 if script is ppo_atari else 3)
     assert "slower without" not in capsys.readouterr().out
     one, other, again = (losses(tmp_path / "runs" / name) for name in ("one", "other", "again"))
