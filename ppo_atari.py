@@ -1,322 +1,205 @@
 # /// script
-# requires-python = ">=3.10,<3.15"
+# requires-python = ">=3.11,<3.15"
 # dependencies = [
-#     "torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "ale-py==0.12.1", "tyro==1.0.17",
-#     "mujoco==4.0.0; python_version >= '3.11'", "mujoco==3.17.0; python_version < '3.11'", "tqdm==4.70.1",
-#     "box2d==2.3.10; python_version < '3.14' and platform_machine != 'aarch64'", "wandb==0.31.0",
-#     "numpy==2.4.6; python_version >= '3.11'", "numpy==2.2.6; python_version < '3.11'", "moviepy==2.2.1",
-#     "opencv-python-headless==5.0.0.93", "tensorboard==2.21.0",
+#     "torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==4.0.0", "numpy==2.4.6",
+#     "box2d==2.3.10; python_version < '3.14' and platform_machine != 'aarch64'", "ale-py==0.12.1",
+#     "opencv-python-headless==5.0.0.93", "moviepy==2.2.1", "tensorboard==2.21.0", "wandb==0.31.0",
+#     "tyro==1.0.17", "pydantic==2.14.4",
 # ]
 # ///
-"""Proximal Policy Optimization with the clipped objective for Atari games, in one file.
+"""Proximal Policy Optimization, clipped, for Atari games.
 
     python ppo_atari.py --env-id PongNoFrameskip-v4
 
-A convolutional policy for any game of the Arcade Learning Environment; the run is written to runs/NAME/.
-Letters: T steps of N environments make a batch of B = T·N transitions; a minibatch has M of them.
+    ARGUMENTS     every option
+    ENVIRONMENTS  all that is special about the simulator
+    AGENT         policy and value function
+    PPO           rollout, advantages, losses, update
+    TRAINING      the loop
+    PLUMBING      evaluation, checkpoints, logging, torchrun, speed, command line
 
-[PPO]  Schulman et al. 2017, Proximal Policy Optimization Algorithms, https://arxiv.org/abs/1707.06347
+T steps in each of N environments make a batch of B = T·N transitions, a minibatch has M of them.
+
+[PPO]  Schulman et al. 2017, Proximal Policy Optimization, https://arxiv.org/abs/1707.06347
 [GAE]  Schulman et al. 2016, Generalized Advantage Estimation, https://arxiv.org/abs/1506.02438
-[DQN]  Mnih et al. 2015, Human-level control, https://doi.org/10.1038/nature14236
 [TIME] Pardo et al. 2018, Time Limits in Reinforcement Learning, https://arxiv.org/abs/1712.00378
+[DQN]  Mnih et al. 2015, Human-level control, https://doi.org/10.1038/nature14236
 [37]   Huang et al. 2022, https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/
 """
 
 import copy
-import io
+import importlib
 import json
-import math
 import os
-import platform
-import random
-import re
 import signal
-import subprocess
 import sys
-import textwrap
 import time
-import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
+import zipfile
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache
-from importlib.metadata import distributions
+from math import inf, isfinite, nan
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
 
-if __name__ == "__main__":  # read by torch as it loads: idle threads soon leave their cores to games
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-
-import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from ale_py.vector_env import AtariVectorEnv
-from gymnasium.spaces import Box, Discrete
+from ale_py import AtariEnv, AtariVectorEnv, roms
+from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, TimeLimit
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
 from torch import Tensor, distributed, nn
 from torch.distributions import Categorical, Distribution
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 
-class ArgumentError(Exception):
-    """Input that cannot work; main() prints it as one line and exits with status 2."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ArgumentError(message)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Arguments that may change when a run is resumed; those that Args adds may not: they define the run."""
-
-    run_name: str | None = None  # the run is written to runs/RUN_NAME; default ENV_ID__EXP_NAME__SEED__TIME
-    resume: bool = False  # go on with runs/RUN_NAME from its last checkpoint, or start it where there is none
-    evaluate: str | None = None  # only play, with the agent of this run folder or checkpoint file
-    exp_name: str = "ppo_atari"  # name of the experiment, part of the default run name
+# ---- ARGUMENTS -----------------------------------------------------------------------------------
+@dataclass
+class Args:
+    # the run
+    env_id: str = "PongNoFrameskip-v4"  # any Atari game, also as Pong-v4, ALE/Pong-v5 or module:id
+    seed: NonNegativeInt = 1  # of weights, actions, minibatches and environments
+    total_timesteps: PositiveInt = 10_000_000  # agent steps of 4 frames, rounded down to rollouts
+    target_return: float | None = None  # stop once the mean return of 100 episodes reaches this
+    run_name: str | None = None  # a name in runs/, or a folder; default ENV__EXP__SEED__TIME
+    exp_name: str = "ppo_atari"  # part of the default run name
+    resume: bool = False  # go on with RUN_NAME from its checkpoint, or start it where there is none
+    evaluate: str | None = None  # only play: the name of a run, its folder or a checkpoint file
+    # the algorithm
+    num_envs: PositiveInt = 8  # N, environments stepped together; 1 to 64
+    num_steps: PositiveInt = 128  # T, steps of each environment per rollout; 32 to 2048
+    learning_rate: NonNegativeFloat = 2.5e-4  # step size of Adam; 1e-4 to 1e-3
+    anneal_lr: bool = True  # lower the learning rate linearly to 0
+    gamma: NonNegativeFloat = 0.99  # γ, discount factor; 0.95 to 0.999
+    gae_lambda: NonNegativeFloat = 0.95  # λ: 0 trusts the critic, 1 the observed returns; 0.9 to 1
+    num_minibatches: PositiveInt = 4  # minibatches per epoch; 4 to 64
+    update_epochs: PositiveInt = 4  # passes over each batch; 3 to 10
+    norm_adv: bool = True  # bring the advantages of a minibatch to mean 0 and deviation 1
+    clip_coef: NonNegativeFloat = 0.1  # ε, how far the probability ratio may move; 0.1 to 0.3
+    clip_vloss: bool = True  # also keep the value within ±ε of the old one
+    ent_coef: NonNegativeFloat = 0.01  # weight of the entropy bonus; 0 to 0.01
+    vf_coef: NonNegativeFloat = 0.5  # weight of the value loss; 0.5 to 1
+    max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this norm; 0.5 to 5
+    target_kl: PositiveFloat | None = None  # no more epochs beyond this approx_kl; 0.01 to 0.05
+    # the machine
+    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto is a GPU where there is one
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: bf16 where it is fast
+    compile: bool = True  # torch.compile, and CUDA graphs on a GPU
     torch_deterministic: bool = True  # only repeatable cuDNN algorithms
-    compile: bool = True  # torch.compile for acting and learning, and CUDA graphs on a GPU
-    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto is a GPU where there is one
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of the network; auto: bf16 where faster
-    track: bool = False  # log to Weights & Biases as well, offline where nobody is logged in
+    shared_network: bool = True  # one network for policy and value, or one for each
+    # what is kept and shown
+    checkpoint_interval: NonNegativeFloat = 5.0  # minutes; there is always one at the end
+    track: bool = False  # also log to Weights & Biases, offline where nobody is logged in
     wandb_project_name: str = "ppo"  # project in Weights & Biases
     wandb_entity: str | None = None  # team in Weights & Biases
-    checkpoint_interval: float = 5.0  # minutes between checkpoints; there is always one at the end
-    capture_video: bool = False  # record an mp4 of an episode at checkpoints, and of those of --evaluate
+    capture_video: bool = False  # record an episode at each checkpoint, or those of --evaluate
     render: bool = False  # show the episodes of --evaluate in a window
-    eval_episodes: int = 10  # episodes of --evaluate
-    deterministic: bool = False  # in evaluation and videos take the likeliest action, do not sample
-    total_timesteps: int = 10_000_000  # agent steps in all (of 4 frames), rounded down to whole rollouts
-    target_return: float | None = None  # stop as solved once the mean return of 100 episodes reaches this
+    eval_episodes: PositiveInt = 10  # episodes of --evaluate
+    deterministic: bool = False  # play the likeliest actions instead of samples
 
-
-@dataclass(frozen=True)
-class Args(Setup):
-    env_id: str = "PongNoFrameskip-v4"  # any Atari game, also as PongDeterministic-v4, Pong-v4 or ALE/Pong-v5
-    seed: int = 1  # seed of weights, actions, minibatches and environments
-    shared_network: bool = True  # one convolutional network for policy and value together, or one for each
-    learning_rate: float = 2.5e-4  # step size of Adam
-    num_envs: int = 8  # N, environments stepped together
-    num_steps: int = 128  # T, steps of each environment per rollout
-    anneal_lr: bool = True  # lower the learning rate linearly to 0
-    gamma: float = 0.99  # γ, discount factor
-    gae_lambda: float = 0.95  # λ of the advantage estimation: 0 trusts the critic, 1 the observed returns
-    num_minibatches: int = 4  # minibatches per epoch
-    update_epochs: int = 4  # passes over each batch
-    norm_adv: bool = True  # shift and scale the advantages of each minibatch to mean 0 and deviation 1
-    clip_coef: float = 0.1  # ε, how far the probability ratio may move from 1
-    clip_vloss: bool = True  # also keep the value within ±ε of the old one
-    ent_coef: float = 0.01  # weight of the entropy bonus
-    vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
-    target_kl: float | None = None  # leave out the remaining epochs once approx_kl exceeds this
     batch_size = property(lambda self: self.num_envs * self.num_steps)  # B
     minibatch_size = property(lambda self: self.batch_size // self.num_minibatches)  # M
     num_iterations = property(lambda self: self.total_timesteps // self.batch_size)
 
-    def __post_init__(self) -> None:
-        for name, x in vars(self).items():
-            if isinstance(x, np.generic):  # of a sweep; files keep plain numbers
-                object.__setattr__(self, name, x.item())
-        counts = "num_envs num_steps num_minibatches update_epochs total_timesteps eval_episodes".split()
-        coefs = ("learning_rate", "clip_coef", "ent_coef", "vf_coef")
-        for names, valid, rule in (
-            (counts, lambda x: x >= 1, "at least 1"),
-            (coefs, lambda x: 0 <= x < math.inf, "at least 0 and finite"),
-            (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1, "between 0 and 1"),
-            (("max_grad_norm", "target_kl"), lambda x: x > 0, "positive"),
-            (("target_return",), math.isfinite, "finite"),
-            (("checkpoint_interval",), lambda x: x >= 0, "at least 0"),
-            (("seed",), lambda x: 0 <= x < 2**63, "between 0 and 2^63 - 1"),
-            (("run_name",), lambda x: x == Path(x).name not in ("", ".."), "the name of one folder"),
-        ):
-            for name in names:
-                x = getattr(self, name)
-                require(x is None or valid(x), f"--{name.replace('_', '-')} must be {rule}, not {x!r}")
-        require(not self.resume or self.run_name is not None, "--resume needs a --run-name to go on with")
-        require(not self.resume or self.evaluate is None, "--evaluate plays, there is nothing to --resume")
-        require(not self.render or self.evaluate is not None, "--render shows what --evaluate plays")
-        require(not (self.render and self.capture_video), "--render shows, --capture-video records: take one")
-        batch = f"--num-envs {self.num_envs} x --num-steps {self.num_steps} = {self.batch_size}"
-        minibatches = f"--num-minibatches {self.num_minibatches}"
-        require(self.batch_size % self.num_minibatches == 0, f"{minibatches} does not divide {batch}")
-        require(self.num_iterations >= 1, f"--total-timesteps {self.total_timesteps} is less than {batch}")
-        even = self.num_envs % world_size() == self.minibatch_size % world_size() == 0
-        require(even, f"{world_size()} processes cannot share {batch} in {minibatches} evenly")
-        require(self.evaluate is None or world_size() == 1, "--evaluate plays in one process, not in several")
-        alone = self.norm_adv and self.minibatch_size == 1
-        require(not alone, f"{minibatches} leaves 1 transition of {batch} in each, too few for --norm-adv")
 
-
-class Step(NamedTuple):
-    """What N environments return; where an episode ended, `obs` is the first of the next one."""
-
+# ---- ENVIRONMENTS --------------------------------------------------------------------------------
+class Step(NamedTuple):  # of N environments; where an episode ended, the next one has begun
     obs: np.ndarray  # (N, *obs)
     rewards: np.ndarray  # (N,)
-    terminations: np.ndarray  # (N,) bool, the action led to a terminal state
-    dones: np.ndarray  # (N,) bool, the episode ended, by termination or by time limit
-    final_obs: np.ndarray | None  # (N, *obs) valid only where a time limit cut the episode
+    terminations: np.ndarray  # (N,) bool: the new state is terminal
+    dones: np.ndarray  # (N,) bool: the episode ended, by termination or by time limit
+    final_obs: np.ndarray  # (N, *obs), valid where a time limit cut the episode
+
+
+class Opening(gym.Wrapper):  # as AtariVectorEnv opens a game: FIRE if there is one, up to 29 no-ops
+    def reset(self, **options):
+        obs, info = self.env.reset(**options)
+        meanings = self.unwrapped.get_action_meanings()
+        fire = [meanings.index("FIRE")] if "FIRE" in meanings else []
+        for action in fire + [0] * (self.unwrapped.np_random.integers(30) - len(fire)):
+            obs, *_, info = self.env.step(action)
+        return obs, info
+
+
+def make_env(env_id, render_mode=None):
+    """One game to play in, which can be drawn; its observations are those of Envs, bit for bit."""
+    options = game_options(env_id)
+    skip, limit = options.pop("frameskip"), options.pop("max_num_frames_per_episode")
+    env = AtariEnv(**options, frameskip=1, obs_type="grayscale", render_mode=render_mode)
+    env.metadata = env.metadata | {"render_fps": 60 // skip}
+    env = TimeLimit(Opening(env), limit)  # in frames, without those of the opening
+    env = AtariPreprocessing(env, noop_max=0, frame_skip=skip)
+    return FrameStackObservation(env, 4, padding_type="zero")
 
 
 class Envs:
-    """N Atari games stepped together in C++ threads; all that is special about the simulator stays in here.
+    """N games in C++ threads; observations are the last 4 pictures, grey, 84x84 [DQN].
 
-    Observations are the last 4 pictures, grey, 84x84, each the maximum of 2 frames; a game begins with up to
-    30 no-ops [DQN]. Whether actions are sticky is as the id says; an action is held for 4 frames (3 in
-    SpaceInvadersDeterministic), also where the id says 1 (NoFrameskip) or a random number (Pong-v4). In
-    training, rewards become their sign, and a lost life is terminal to the learner; game and score go on.
+    Rewards become their sign, and a lost life is terminal to the learner; game and score go on.
     """
 
-    def __init__(self, args: Args, num_envs: int, seed, training: bool = True, videos: Path | None = None):
-        options = game_options(args.env_id) | {"reward_clipping": False, "life_loss_info": training}
-        if world_size() > 1:  # or every process would start as many threads as there are cores
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            options["num_threads"] = max(1, (os.cpu_count() or 1) // processes)
-        vectorize = VisibleAtariVectorEnv if videos or args.render else AtariVectorEnv
-        with patient_threads():
-            self.envs = vectorize(num_envs=num_envs, autoreset_mode="SameStep", **options)
-        self.envs.metadata = dict(self.envs.metadata)  # or the next instance would write into this one's
-        self.envs = show(self.envs, args, videos)
+    def __init__(self, args, seed):
+        n, cores = args.num_envs // WORLD_SIZE, (os.cpu_count() or 1) // WORLD_SIZE
+        options = game_options(args.env_id) | {"num_threads": max(1, min(n, cores))}
+        options |= {"autoreset_mode": "SameStep", "life_loss_info": True, "reward_clipping": False}
+        self.envs = AtariVectorEnv(num_envs=n, **options)
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
-        self.close = self.envs.close
-        self.num_envs, self.training = num_envs, training
-        self.first = rank() * num_envs if training else 0  # number of games in the processes before this one
-        self.seeds = np.random.SeedSequence(seed).generate_state(self.first + num_envs)[self.first :] % 2**31
-        self.num_steps = 0  # taken in all environments of all processes together
-        self.finished: list[tuple[int, float, int]] = []  # (num_steps at its end, return, length) per episode
+        seeds = np.random.SeedSequence(seed).generate_state(args.num_envs)[RANK * n :][:n]
+        self.seeds = (seeds % 2**31).astype(int)  # of this process
+        self.returns, self.lengths = np.zeros((2, n))  # of the games so far
+        self.finished = []  # (global_step, return, length) of each game
+        self.global_step = 0  # steps of all environments in all processes
 
-    def reset(self) -> np.ndarray:  # (N, 4, 84, 84)
-        self.episodic_returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=int)
-        obs, infos = self.envs.reset(seed=self.seeds.astype(int))
-        self.frames = infos["episode_frame_number"].copy()
+    def reset(self):  # -> (N, 4, 84, 84)
+        obs, infos = self.envs.reset(seed=self.seeds)
+        self.frames = infos["episode_frame_number"]
         return obs
 
-    def step(self, actions: np.ndarray) -> Step:  # (N,)
+    def step(self, actions):  # (N,)
         obs, rewards, terminations, truncations, infos = self.envs.step(actions)
-        self.episodic_returns += rewards
+        self.global_step += len(obs) * WORLD_SIZE
+        self.returns += rewards
         self.lengths += 1
-        # A lost life terminates as well, but only a new game counts its frames from the start again.
-        game_over = truncations | (terminations & (infos["episode_frame_number"] < self.frames))
-        self.frames = infos["episode_frame_number"].copy()
-        for i in np.flatnonzero(game_over).tolist():
-            end = self.num_steps + self.first + i + 1  # as if one environment were stepped after the other
-            self.finished.append((end, self.episodic_returns[i].item(), self.lengths[i].item()))
-            self.episodic_returns[i] = self.lengths[i] = 0
-        self.num_steps += self.num_envs * (world_size() if self.training else 1)
-        final_obs = infos["final_obs"] if (truncations & ~terminations).any() else None
-        rewards = (np.sign(rewards) if self.training else rewards).astype(np.float32)
-        return Step(obs, rewards, terminations, terminations | truncations, final_obs)
-
-    def state_dict(self) -> dict[str, object]:
-        return {"num_steps": self.num_steps}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        self.num_steps = state["num_steps"]
+        # a lost life terminates as well, but only a new game counts its frames from the start
+        before, self.frames = self.frames, infos["episode_frame_number"]
+        for i in np.flatnonzero(truncations | (terminations & (self.frames < before))):
+            self.finished.append((self.global_step, self.returns[i], self.lengths[i]))
+            self.returns[i] = self.lengths[i] = 0
+        dones, final_obs = terminations | truncations, infos.get("final_obs", obs)
+        return Step(obs, np.sign(rewards), terminations, dones, final_obs)
 
 
-@contextmanager
-def patient_threads() -> Iterator[None]:
-    """Threads started in here wait for a free core: they do not interrupt the one that wakes them (Linux)."""
-    with ExitStack() as stack:
-        with suppress(AttributeError, OSError):  # another system, or forbidden
-            if os.sched_getscheduler(0) == os.SCHED_OTHER:
-                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-                stack.callback(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0))
-        yield
-
-
-class VisibleAtariVectorEnv(AtariVectorEnv):
-    """Also draws its games, in colour and full size: a twin plays the same actions from the same seeds."""
-
-    render_mode = "rgb_array"
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        drawn = {"render_fps": 60 // options["frameskip"], "render_modes": ["rgb_array"]}
-        self.metadata = self.metadata | drawn
-        ale = ale_py.ALEInterface()
-        ale.loadROM(ale_py.roms.get_rom_path(options["game"]))
-        height, width = ale.getScreenDims()
-        picture = {"img_height": height, "img_width": width, "grayscale": False, "stack_num": 1}
-        self.twin = AtariVectorEnv(**options | picture)
-
-    def reset(self, **options):
-        self.pictures, _ = self.twin.reset(**options)
-        return super().reset(**options)
-
-    def step(self, actions: np.ndarray):
-        self.pictures, *_ = self.twin.step(actions)
-        return super().step(actions)
-
-    def render(self) -> list[np.ndarray]:  # N of (height, width, 3)
-        return list(self.pictures[:, 0])
-
-
-def game_options(env_id: str) -> dict[str, object]:
-    """What an id says about its game, as arguments of AtariVectorEnv."""
-    gym.register_envs(ale_py)
-    require("-ram" not in env_id, f"--env-id {env_id}: -ram ids show the memory, not the picture")
-    deterministic = env_id.endswith(("Deterministic-v0", "Deterministic-v4"))  # ale-py has dropped these ids
-    try:
-        options = dict(gym.spec(env_id.replace("Deterministic", "") if deterministic else env_id).kwargs)
-    except gym.error.Error as error:
-        form = "Atari ids look like PongNoFrameskip-v4 or ALE/Pong-v5"
-        raise ArgumentError(f"--env-id {env_id}: {str(error).rstrip('.')}; {form}") from None
-    others = "ppo_continuous.py for Box actions or ppo_kl_penalty.py for Discrete ones"
-    require("game" in options, f"--env-id {env_id} is not an Atari game, use {others}")
-    blinks = deterministic and options["game"] == "space_invaders"  # its shots blink, every 4 frames
-    return options | {"frameskip": 3 if blinks else 4}
-
-
-def show(envs: gym.vector.VectorEnv, args: Args, videos: Path | None) -> gym.vector.VectorEnv:
-    """The same environments, recorded as VIDEOS-episode-0.mp4 and so on, or shown in a window by --render."""
-    if videos is None:
-        return gym.wrappers.vector.HumanRendering(envs) if args.render else envs
-    warnings.filterwarnings("ignore", ".*(video|last frame)")  # of a folder that exists; errors get a line
-    wanted = {"episode_trigger": lambda episode: episode < args.eval_episodes, "name_prefix": videos.name}
-    return gym.wrappers.vector.RecordVideo(envs, str(videos.parent), **wanted)
-
-
-def init(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
-    """Orthogonal weights and zero biases, [37]."""
+# ---- AGENT ---------------------------------------------------------------------------------------
+def init(layer, gain=2**0.5):  # orthogonal weights and zero biases [37]
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def nature_cnn(channels: int) -> nn.Sequential:  # (M, channels, 84, 84) -> (M, 512)
+def nature_cnn(observation_space):  # (M, 4, 84, 84) -> (M, 512)
     """The convolutional network of [DQN]."""
-    return nn.Sequential(
-        init(nn.Conv2d(channels, 32, 8, stride=4)),  # (M, 32, 20, 20)
-        nn.ReLU(),
-        init(nn.Conv2d(32, 64, 4, stride=2)),  # (M, 64, 9, 9)
-        nn.ReLU(),
-        init(nn.Conv2d(64, 64, 3)),  # (M, 64, 7, 7)
-        nn.ReLU(),
-        nn.Flatten(),
-        init(nn.Linear(64 * 7 * 7, 512)),
-        nn.ReLU(),
-    )
+    channels, *_ = observation_space.shape
+    layers = [init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU()]  # (M, 32, 20, 20)
+    layers += [init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU()]  # (M, 64, 9, 9)
+    layers += [init(nn.Conv2d(64, 64, 3)), nn.ReLU(), nn.Flatten()]  # (M, 64 * 7 * 7)
+    with torch.no_grad():
+        size = nn.Sequential(*layers)(torch.zeros(1, *observation_space.shape)).shape[1]
+    return nn.Sequential(*layers, init(nn.Linear(size, 512)), nn.ReLU())
 
 
 class Agent(nn.Module):
     """Policy and value function: two heads on one convolutional network, or on one each."""
 
-    def __init__(self, observation_space: Box, action_space: Discrete, shared_network=True, bf16=False):
+    def __init__(self, observation_space, action_space, shared_network=True, bf16=False):
         super().__init__()
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.network = nature_cnn(observation_space.shape[0])
-        self.value_network = None if shared_network else nature_cnn(observation_space.shape[0])
+        self.network = nature_cnn(observation_space)
+        self.value_network = None if shared_network else nature_cnn(observation_space)
         self.actor = init(nn.Linear(512, int(action_space.n)), gain=0.01)  # nearly uniform at first
         self.critic = init(nn.Linear(512, 1), gain=1.0)
 
-    def forward(self, obs: Tensor) -> tuple[Categorical, Tensor]:  # uint8 (M, *obs) -> π(·|s), V(s) (M,)
+    def forward(self, obs):  # uint8 (M, *obs) -> π(·|s), V(s) (M,)
         layout = torch.contiguous_format if obs.device.type == "mps" else torch.channels_last
         x = (obs.to(self.dtype) / 255.0).contiguous(memory_format=layout)  # whichever is faster
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
@@ -325,17 +208,21 @@ class Agent(nn.Module):
         policy = Categorical(logits=self.actor(hidden.float()))
         return policy, self.critic(value_hidden.float()).squeeze(-1)
 
-    def noise(self, *shape: int) -> Tensor:  # Gumbel (*shape, number of actions)
-        noise = -torch.empty(*shape, self.actor.out_features).exponential_().log()
-        return noise.to(self.actor.weight.device)  # from the CPU: one generator to seed, save and fork
-
-    def sample(self, policy: Categorical, noise: Tensor) -> Tensor:  # (M,)
-        return (policy.logits + noise).argmax(-1)
-
-    def value(self, obs: Tensor) -> Tensor:  # (M, *obs) -> V(s) (M,)
+    def value(self, obs):  # (M, *obs) -> V(s) (M,)
         return self(obs)[1]
 
+    def noise(
+        self, *shape
+    ):  # Gumbel (*shape, actions), from the CPU: one generator to seed and save
+        return -torch.empty(*shape, self.actor.out_features).exponential_().log()
 
+    def act(self, obs, noise):  # actions (N,), their log-probabilities and V(s)
+        policy, values = self(obs)
+        actions = (policy.logits + noise).argmax(-1)
+        return actions, policy.log_prob(actions), values
+
+
+# ---- PPO -----------------------------------------------------------------------------------------
 class Rollout(NamedTuple):
     """One batch of experience; row t is (s_t, a_t) and what followed from it."""
 
@@ -344,63 +231,58 @@ class Rollout(NamedTuple):
     logprobs: Tensor  # (T, N) log π_old(a_t | s_t)
     rewards: Tensor  # (T, N)
     values: Tensor  # (T, N) V(s_t)
-    next_values: Tensor  # (T, N) V(s_{t+1}); of the episode's last observation where a time limit cut it
+    next_values: Tensor  # (T, N) V(s_{t+1}), of the last observation where a time limit cut
     terminations: Tensor  # (T, N) 1.0 where s_{t+1} is terminal: no value beyond
     dones: Tensor  # (T, N) 1.0 where the episode ended, by termination or by time limit
-
-
-def act(agent: Agent, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Actions (N, *act) sampled with Agent.noise (N, …), their log-probabilities (N,) and V(s) (N,)."""
-    policy, values = agent(obs)
-    actions = agent.sample(policy, noise)
-    return actions, policy.log_prob(actions), values
+    advantages: Tensor  # (T, N)
+    returns: Tensor  # (T, N) of values: the targets of the critic
 
 
 @torch.no_grad()
-def collect_rollout(agent: Agent, envs: Envs, obs: Tensor, num_steps: int, act=act) -> tuple[Rollout, Tensor]:
-    """Act `num_steps` times in every environment, from `obs` (N, *obs) on; also returns where it got to."""
-    device, shape = obs.device, (num_steps * len(obs), *obs.shape[1:])
+def collect_rollout(agent, envs, obs, args, act=Agent.act):
+    """Acts from `obs` (N, *obs) on; returns the Rollout and the observations that come next."""
+    agent.eval()
+    device, noise = obs.device, agent.noise(args.num_steps, len(obs)).to(obs.device)
+    shape = args.num_steps * len(obs), *obs.shape[1:]  # (B, *obs), as convolutions like it
     frames = torch.empty(shape, dtype=obs.dtype, device=device, memory_format=torch.channels_last)
-    all_obs = frames.unflatten(0, (num_steps, -1))  # (T, N, *obs), laid out as convolutions are fast with
-    buffer = torch.empty(obs.shape, dtype=obs.dtype, pin_memory=device.type == "cuda")
-    acted, followed, cut_values = [], [], {}
-    for t, noise in enumerate(agent.noise(num_steps, len(obs))):
-        all_obs[t] = obs
-        acted.append(act(agent, all_obs[t], noise))
+    obs_t, acted, outcomes, final_values = frames.unflatten(0, noise.shape[:2]), [], [], {}
+    for t in range(args.num_steps):
+        obs_t[t] = obs
+        acted.append([x.clone() for x in act(agent, obs_t[t], noise[t])])  # from a CUDA graph
         step = envs.step(acted[t][0].cpu().numpy())
-        followed.append((step.rewards, step.terminations, step.dones))
-        if step.final_obs is not None:
-            cut_values[t] = agent.value(torch.from_numpy(step.final_obs).to(device))
-        buffer.copy_(torch.from_numpy(step.obs))  # already read by a GPU: the actions came after that
-        obs = buffer.to(device, non_blocking=True)
-    actions, logprobs, values = (torch.stack(x) for x in zip(*acted, strict=True))
-    outcome = torch.from_numpy(np.array(followed, dtype=np.float32)).to(device)  # (T, 3, N)
-    rewards, terminations, dones = outcome.unbind(1)
+        outcomes.append((step.rewards, step.terminations, step.dones))
+        if (step.dones & ~step.terminations).any():  # a time limit is no end of the task [TIME]
+            final_values[t] = agent.value(torch.from_numpy(step.final_obs).to(device))
+        obs = torch.from_numpy(step.obs).to(device)
+    actions, logprobs, values = (torch.stack(x) for x in zip(*acted))
+    outcomes = torch.from_numpy(np.array(outcomes, dtype=np.float32)).to(device)  # (T, 3, N)
+    rewards, terminations, dones = outcomes.unbind(1)
     next_values = torch.cat([values[1:], agent.value(obs)[None]])
-    for t, final_values in cut_values.items():  # a time limit is not the end of the task, [TIME]
-        next_values[t] = torch.where(dones[t] > terminations[t], final_values, next_values[t])
-    return Rollout(all_obs, actions, logprobs, rewards, values, next_values, terminations, dones), obs
+    for t, value in final_values.items():
+        next_values[t] = torch.where(dones[t] > terminations[t], value, next_values[t])
+    outcome = rewards, values, next_values, terminations, dones
+    advantages, returns = compute_gae(*outcome, args.gamma, args.gae_lambda)
+    return Rollout(obs_t, actions, logprobs, *outcome, advantages, returns), obs
 
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
-    """Advantages, [GAE] eq. 16, and returns, their sum with the values; all tensors are (T, N)."""
+    """Advantages, [GAE] eq. 16, and returns, their sum with the values; all tensors (T, N)."""
     deltas = rewards + gamma * next_values * (1.0 - terminations) - values
-    decays = gamma * gae_lambda * (1.0 - dones)
     advantages, last = torch.empty_like(deltas), torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        advantages[t] = last = deltas[t] + decays[t] * last
+        advantages[t] = last = deltas[t] + gamma * gae_lambda * (1.0 - dones[t]) * last
     return advantages, advantages + values
 
 
-def policy_loss(logratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """Clipped surrogate, [PPO] eq. 7, negated so that it is minimised. Inputs (M,)."""
+def policy_loss(logratio, advantages, clip_coef):  # (M,)
+    """Clipped surrogate, [PPO] eq. 7, negated so that it is minimised."""
     ratio = logratio.exp()
     clipped = ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef)
     return -torch.min(ratio * advantages, clipped * advantages).mean()
 
 
-def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """Half the squared error; of V, or of V kept within ±ε of the old one where that is worse [37]. (M,)"""
+def value_loss(value, old_value, returns, clip_coef):  # (M,)
+    """Half the squared error of V, or of V within ±ε of the old one where that is worse [37]."""
     error = (value - returns).square()
     if clip_coef is not None:
         clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
@@ -408,13 +290,15 @@ def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip_coef: flo
     return 0.5 * error.mean()
 
 
-def minibatch_loss(agent: Agent, minibatch: list[Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """[PPO] eq. 9, negated so that it is minimised, and what to log of it. Everything (M, …)."""
-    obs, actions, logprobs, old_values, advantages, returns = minibatch
-    policy, values = agent(obs)
-    logratio = policy.log_prob(actions) - logprobs
+def minibatch_loss(agent, mb: Rollout, args):
+    """[PPO] eq. 9, negated so that it is minimised, and what to log of it; all tensors (M, …)."""
+    advantages = mb.advantages
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    policy, values = agent(mb.obs)
+    logratio = policy.log_prob(mb.actions) - mb.logprobs
     pg_loss = policy_loss(logratio, advantages, args.clip_coef)
-    v_loss = value_loss(values, old_values, returns, args.clip_coef if args.clip_vloss else None)
+    v_loss = value_loss(values, mb.values, mb.returns, args.clip_coef if args.clip_vloss else None)
     entropy = policy.entropy().mean()
     ratio = logratio.exp()
     metrics = {
@@ -428,698 +312,420 @@ def minibatch_loss(agent: Agent, minibatch: list[Tensor], args: Args) -> tuple[T
     return pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss, metrics
 
 
-def minibatch_gradient(
-    agent: Agent, batch: list[Tensor], rows: Tensor, args: Args
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradient of the loss of some rows of the batch, as one vector no longer than max_grad_norm."""
-    loss, metrics = minibatch_loss(agent, [x[rows] for x in batch], args)
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
+def minibatch_gradient(agent, batch, rows, args):  # one vector, clipped; compiled
+    loss, metrics = minibatch_loss(agent, Rollout(*(x[rows] for x in batch)), args)
+    trained = [p for p in agent.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
+    gradient = average(torch.cat([x.flatten() for x in gradients]))
     metrics["losses/grad_norm"] = norm = gradient.norm()
-    gradient = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as nn.utils.clip_grad_norm_
+    gradient = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     return gradient, {name: metric.detach() for name, metric in metrics.items()}
 
 
-def standardize(advantages: Tensor) -> Tensor:  # (K, M) of K minibatches, to mean 0 and deviation 1 in each
-    mean, variance = moments(advantages, dim=1)
-    number = advantages.shape[1] * world_size()
-    return (advantages - mean) / ((variance * number / (number - 1)).sqrt() + 1e-8)  # no 0 / 0
-
-
-def update(
-    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args, gradient=minibatch_gradient
-) -> dict[str, float]:
-    """Learn from one rollout in epochs of minibatches; returns what to log, averaged over all of them."""
-    advantages, returns = compute_gae(*rollout[3:], args.gamma, args.gae_lambda)  # from the rewards on
-    learned_from = (*rollout[:3], rollout.values, advantages, returns)  # (T, N, …) each
-    obs, _, _, values, advantages, returns = batch = [x.flatten(0, 1) for x in learned_from]  # (B, …)
-    (parameters,), history = optimizer.param_groups[0]["params"], []
-    own_args = args if world_size() == 1 else replace(args, max_grad_norm=math.inf)  # clipped once averaged
-    orders = torch.stack([torch.randperm(len(obs)) for _ in range(args.update_epochs)]).to(obs.device)
-    for order in orders.view(args.update_epochs, args.num_minibatches, -1):
-        if args.norm_adv:
-            batch[-2] = advantages.index_put((order,), standardize(advantages[order]))
-        for rows in order:
-            parameters.grad, metrics = gradient(agent, batch, rows, own_args)
-            if world_size() > 1:
-                average(parameters.grad)
-                metrics["losses/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+def update(agent, optimizer, rollout: Rollout, args, gradient=minibatch_gradient):
+    """Learns from one rollout in epochs of minibatches; returns the means of what is logged."""
+    agent.train()
+    batch = Rollout(*(x.flatten(0, 1) for x in rollout))  # (B, …)
+    vector, history = optimizer.param_groups[0]["params"][0], []  # all parameters in one
+    for _ in range(args.update_epochs):
+        order = torch.randperm(len(batch.obs)).to(batch.obs.device)
+        for rows in order.chunk(args.num_minibatches):
+            vector.grad, metrics = gradient(agent, batch, rows, args)  # as backward()
             optimizer.step()
-            history.append(torch.stack(list(metrics.values())))
+            history.append(torch.stack(list(metrics.values())))  # copies what a CUDA graph returned
         if args.target_kl is not None and average(metrics["losses/approx_kl"]) > args.target_kl:
             break
-    means = dict(zip(metrics, average(torch.stack(history).mean(0)).tolist(), strict=True))
-    errors, spread = (moments(x, dim=0)[1] for x in (returns - values, returns))
-    means["losses/explained_variance"] = (1.0 - errors / spread.clamp(min=1e-8)).item()
-    return means | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
+    means = dict(zip(metrics, average(torch.stack(history).mean(0)).tolist()))
+    unexplained = (batch.returns - batch.values).var() / batch.returns.var().clamp(min=1e-8)
+    means["losses/explained_variance"] = 1.0 - unexplained.item()
+    return means
 
 
-@contextmanager  # which makes a decorator as well
-def undisturbed() -> Iterator[None]:
-    """Leaves random numbers and threads to the caller, a training or a sweep, as they were."""
-    numpy_state, python_state, threads = np.random.get_state(), random.getstate(), torch.get_num_threads()
-    try:
-        with torch.random.fork_rng([]):
-            yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-        torch.set_num_threads(threads)
+# ---- TRAINING ------------------------------------------------------------------------------------
+def train(args):
+    """[PPO] algorithm 1; returns the mean return of the last 100 episodes."""
+    device = prepare(args)
+    path = checkpoint_path(args)
+    checkpoint = load_checkpoint(path) if args.resume and path.exists() else None
+    envs = Envs(args, [args.seed, checkpoint["global_step"] if checkpoint else 0])
+    with closing(envs.envs):
+        agent = Agent(envs.observation_space, envs.action_space, args.shared_network, bf16(args))
+        agent = agent.to(device)
+        optimizer = make_optimizer(agent, args)
+        act = compiled(Agent.act, args, device)
+        gradient = compiled(minibatch_gradient, args, device)
+        with closing(Run(args, checkpoint, agent, optimizer, envs)) as run:
+            obs = torch.from_numpy(envs.reset()).to(device)
+            while run.goes_on():
+                done = envs.global_step / (args.num_iterations * args.batch_size)
+                lr = args.learning_rate * (1.0 - done * args.anneal_lr)
+                optimizer.param_groups[0]["lr"] = lr
+                rollout, obs = collect_rollout(agent, envs, obs, args, act)
+                metrics = update(agent, optimizer, rollout, args, gradient)
+                run.end_iteration(metrics | {"charts/learning_rate": lr})
+            run.save()
+    say(f"tensorboard --logdir {run.folder}; python {sys.argv[0]} --evaluate {run.folder}")
+    if run.signals:
+        raise KeyboardInterrupt(run.signals[0])
+    return run.mean_return
 
 
-@undisturbed()
+# ==================================================================================================
+#    Everything below is plumbing: it changes nothing of the algorithm.
+# ==================================================================================================
+# ---- evaluation and video ------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> list[tuple[float, int]]:
-    """Return (unscaled) and length of --eval-episodes episodes.
-
-    Each environment plays its share: the first episodes to end among all of them would mostly be short ones.
-    """
-    screens = {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
-    if args.render and sys.platform == "linux" and not screens & os.environ.keys():
-        raise OSError("there is no display")  # SDL would draw where nobody sees it
-    num_envs = 1 if videos or args.render else min(args.eval_episodes, args.num_envs)
-    episodes, device = [[] for _ in range(num_envs)], next(agent.parameters()).device
-    with (
-        closing(Envs(args, num_envs, [args.seed, 0, 1], training=False, videos=videos)) as envs,
-        tqdm(unit=" episodes", file=sys.stdout, leave=False, disable=None) as bar,
-    ):
+def evaluate(agent, args, videos=None, name="episode"):  # returns, unscaled, and lengths
+    options = {"render_mode": "human" if args.render else "rgb_array"}
+    env = make_env(args.env_id, **options if args.render or videos else {})
+    agent = copy.deepcopy(agent).cpu().eval()
+    if videos:
+        env = gym.wrappers.RecordVideo(env, str(videos), lambda _: True, name_prefix=name)
+    env = gym.wrappers.RecordEpisodeStatistics(env, args.eval_episodes)
+    with closing(env), torch.random.fork_rng([]):  # random numbers of training go on as they were
         torch.manual_seed(args.seed)
-        obs = envs.reset()
-        while any(len(episodes[i % num_envs]) <= i // num_envs for i in range(args.eval_episodes)):
-            policy, _ = agent(torch.from_numpy(obs).to(device))
-            actions = policy.mode if args.deterministic else agent.sample(policy, agent.noise(num_envs))
-            obs = envs.step(actions.cpu().numpy()).obs
-            for step, *episode in envs.finished:
-                episodes[(step - 1) % num_envs].append(tuple(episode))  # environment i, see Envs.step
-                bar.update()
-            envs.finished.clear()
-    return [episodes[i % num_envs][i // num_envs] for i in range(args.eval_episodes)]
+        for i in range(args.eval_episodes):
+            (obs, _), done = env.reset(seed=args.seed + i), False
+            while not done:
+                noise = agent.noise(1) * (not args.deterministic)
+                action, *_ = agent.act(torch.from_numpy(obs[None]), noise)
+                obs, _, terminated, truncated, _ = env.step(action.item())
+                done = terminated or truncated
+    return [float(x) for x in env.return_queue], [*env.length_queue]
 
 
-@undisturbed()
-def evaluate_checkpoint(args: Args) -> None:
-    """Prints a table, and writes it with every episode to eval.json beside the checkpoint."""
-    path = checkpoint_path(args)
-    checkpoint, device = load_checkpoint(path), prepare(args)
-    with closing(Envs(replace(args, render=False), 1, args.seed, training=False)) as envs:
-        agent = make_agent(args, envs, device)
-    with fitting(path, args.env_id):
-        agent.load_state_dict(checkpoint["agent"])
-        step = int(checkpoint["envs"]["num_steps"])
-    run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    videos = run_dir / "videos" / f"{path.stem}-{slug(args.env_id)}" if args.capture_video else None
-    actions = "likeliest" if args.deterministic else "sampled"
-    recorded = f", recorded in {videos.parent}" if videos else ""
-    print(f"{path}, step {step:,}, on {args.env_id}, {actions} actions{recorded}", flush=True)
-    try:
-        episodes = evaluate(agent, args, videos)
-    except Exception as error:  # no display, no ffmpeg, no EGL: each simulator has its own
-        if not (videos or args.render):
-            raise
-        print(f"no {'videos' if videos else 'window'}: {one_line(error)}", file=sys.stderr)
-        episodes = evaluate(agent, replace(args, render=False))
-    returns, lengths = np.array(episodes).T
-    row = {"mean": returns.mean(), "std": returns.std(), "min": returns.min(), "max": returns.max()}
-    print(*(f"{name:>10}" for name in ("episodes", *row, "length")))
-    print(f"{len(episodes):10}", *(f"{x:10.2f}" for x in (*row.values(), lengths.mean())))
-    about = {"checkpoint": path.name, "global_step": step, "env_id": args.env_id, "seed": args.seed}
-    series = {"returns": returns.tolist(), "lengths": lengths.tolist()}
-    report = about | {"deterministic": args.deterministic} | row | series
-    replace_file(path.with_name("eval.json"), (json.dumps(report, indent=2) + "\n").encode())
+def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside the checkpoint
+    args.device = "cpu"
+    prepare(args)
+    path, env = checkpoint_path(args), make_env(args.env_id)
+    checkpoint, spaces = load_checkpoint(path), (env.observation_space, env.action_space)
+    agent = Agent(*spaces, args.shared_network, bf16(args))
+    restore({"agent": agent.state_dict()}, checkpoint)
+    name = f"{path.stem}-step-{checkpoint['global_step']}"
+    videos = path.parent.parent / "videos" if args.capture_video else None
+    returns, lengths = evaluate(agent, args, videos, name)
+    score = f"{np.mean(returns):.2f} ± {np.std(returns):.2f}"
+    print(f"{name}: return {score} in {len(returns)} episodes of {args.env_id}")
+    report = {"args": asdict(args), "returns": returns, "lengths": lengths}
+    path.with_name("eval.json").write_text(json.dumps(report, indent=2))
 
 
-class Checkpoints:
-    """Keeps a run in checkpoints/: last.pt as it is, best.pt as it was when its mean return was the best."""
+# ---- checkpoints, log, signals -------------------------------------------------------------------
+FORMAT = f"{Args.exp_name}, format 4"
 
-    def __init__(self, args: Args, logger: "Logger", **parts):
-        self.args, self.logger, self.parts = args, logger, parts | {"logger": logger}
-        self.new_best = None  # the state that the next save writes to best.pt
-        self.saved, self.recorded, self.capture_video = time.monotonic(), logger.step, args.capture_video
-        (logger.dir / "checkpoints").mkdir(exist_ok=True)
-        with suppress(ArgumentError):  # none yet; after a failure it is newer than last.pt
-            logger.best = load_checkpoint(logger.dir / "checkpoints" / "best.pt")["logger"]["best"]
 
-    def state(self, iteration: int) -> dict[str, object]:
-        about = {"format": 3, "script": Args.exp_name, "args": asdict(self.args), "iteration": iteration}
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        return about | {"rng": torch.get_rng_state()} | parts
+def checkpoint_path(args):  # of a run, by name or folder; --evaluate may also name the file itself
+    path = Path(args.evaluate or args.run_name or "")
+    folder = path if len(path.parts) > 1 else "runs" / path
+    return path if path.is_file() else folder / "checkpoints" / "last.pt"
 
-    def after(self, iteration: int) -> None:
-        """Saves the run every --checkpoint-interval, and remembers it where it plays better than before."""
-        if self.logger.is_best():
-            self.new_best = copy.deepcopy(self.state(iteration))
-        if time.monotonic() - self.saved >= 60.0 * self.args.checkpoint_interval:
-            self.save(iteration)
-            self.record()
 
-    def save(self, iteration: int) -> None:
-        self.logger.flush()  # first: where there is a checkpoint, all that was logged before it is there too
-        self.close()  # writes best.pt
-        self.write("last.pt", self.state(iteration))
-        self.saved = time.monotonic()
+def load_checkpoint(path):  # as plain data: no file can make torch.load run code
+    with refusing(f"{path} is no checkpoint of this script", Exception):
+        with zipfile.ZipFile(path) as archive:  # kilobytes must not unpack to gigabytes
+            size = sum(part.file_size for part in archive.infolist())
+        require(size <= path.stat().st_size, "it would unpack to more than its size")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        require(checkpoint["format"] == FORMAT, f"it is of {checkpoint['format']}")
+        checkpoint["args"] = TypeAdapter(Args).validate_python(checkpoint["args"])
+    return checkpoint
 
-    def write(self, name: str, state: dict[str, object]) -> None:
-        if rank() == 0:
-            torch.save(state, buffer := io.BytesIO())
-            replace_file(self.logger.dir / "checkpoints" / name, buffer.getvalue())
 
-    def close(self) -> None:  # also where training fails
-        if self.new_best is not None:
-            self.write("best.pt", self.new_best)
-        self.new_best = None
+def restore(own, saved):  # copies tensors and plain values into `own`; refuses what does not fit
+    with refusing("the checkpoint does not fit", Exception):
+        for name, value in own.items():
+            if isinstance(value, dict):
+                restore(value, saved[name])
+            elif isinstance(value, Tensor):
+                require(saved[name].shape == value.shape, f"the shape of {name}")
+                value.copy_(saved[name])
+            else:
+                own[name] = type(value)(saved[name])
 
-    def record(self) -> None:
-        """With --capture-video: plays an episode, for an mp4 and charts/eval_return."""
-        step, args = self.logger.step, replace(self.args, eval_episodes=1)
-        if rank() > 0 or not self.capture_video or step == self.recorded:
+
+class Run:  # what is kept of a training: log, checkpoints, signals; only the first process writes
+    mean_return = property(lambda self: float(np.mean(self.state["returns"] or nan)))
+
+    def __init__(self, args, checkpoint, agent, optimizer, envs):
+        self.args, self.agent, self.envs = args, agent, envs  # live tensors are saved and restored:
+        self.state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()["state"][0]}
+        self.state |= {"returns": []}
+        self.state |= {"best": -inf, "global_step": 0, "csv_size": 0}
+        self.state |= {"rng": torch.get_rng_state(), "wandb_id": os.urandom(4).hex()}
+        if checkpoint:
+            restore(self.state, checkpoint)
+            torch.set_rng_state(self.state["rng"])
+            envs.global_step = self.state["global_step"]
+        self.state |= {"format": FORMAT, "args": asdict(args)}
+        self.saved_at = self.printed_at = time.monotonic()
+        self.warm, self.wandb, self.signals, self.handlers = None, None, [], {}
+        self.path = checkpoint_path(args)
+        self.folder = self.path.parents[1]
+        if RANK > 0:  # the same agent, but other actions and minibatches
+            torch.manual_seed(args.seed + envs.global_step + RANK)
             return
-        self.recorded = step
-        video = self.logger.dir / "videos" / f"step-{step}"
-        try:
-            ((episodic_return, _),) = evaluate(self.parts["agent"], args, video)
-            self.logger.log(step, {"charts/eval_return": episodic_return})
-            self.logger.log_video(step, video.with_name(f"{video.name}-episode-0.mp4"))
-        except Exception as error:  # no ffmpeg, no EGL: each simulator has its own
-            self.capture_video = False
-            say(f"training goes on without videos: {one_line(error)}")
+        with refusing(f"{self.folder} (--resume goes on with a run)", OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=args.resume)
+            commit = os.popen(f"git describe --always --dirty 2>{os.devnull}").read().strip()
+            versions = f"torch {torch.__version__}, gymnasium {gym.__version__}"
+            about = {"args": asdict(args), "versions": versions, "git": commit}
+            (self.folder / "args.json").write_text(json.dumps(about, indent=2))
+        self.writer = SummaryWriter(str(self.folder), purge_step=envs.global_step + 1)
+        self.csv = open(self.folder / "episodes.csv", "a", buffering=1)  # line by line
+        self.csv.truncate(self.state["csv_size"])  # what came after the checkpoint comes again
+        self.csv.write("" if self.state["csv_size"] else "global_step,wall_time,return,length\n")
+        if args.track:
+            self.start_wandb({"project": args.wandb_project_name, "entity": args.wandb_entity})
 
+    def start_wandb(self, options):  # a run named as its folder; never a prompt
+        import wandb
 
-def checkpoint_path(args: Setup) -> Path | None:
-    """The file that --evaluate or --resume means; None where a run begins."""
-    if args.evaluate is not None:
-        path = Path(args.evaluate)
-        return path / "checkpoints" / "last.pt" if path.is_dir() else path
-    path = Path("runs", args.run_name or "", "checkpoints", "last.pt")
-    return path if args.resume and os.path.lexists(path) else None
+        with refusing("--track", Exception):
+            logged_in = "WANDB_MODE" in os.environ or wandb.login(prompt=False)
+            if not logged_in:
+                say("W&B: this run is kept offline; wandb login before the next one")
+            options |= {"id": self.state["wandb_id"], "name": self.folder.name}
+            options |= {"dir": self.folder, "resume": "allow", "config": asdict(self.args)}
+            self.wandb = wandb.init(**options, mode=None if logged_in else "offline")
+            self.wandb.define_metric("*", step_metric="global_step")
 
+    def goes_on(self):
+        target, full = self.args.target_return, len(self.state["returns"]) == 100
+        solved = target is not None and full and self.mean_return >= target
+        done = self.envs.global_step + self.args.batch_size > self.args.total_timesteps
+        return not (done or solved or gather(self.signals))
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of this script as plain data: no file can make torch.load run code."""
-    require(path.is_file(), f"{path}: there is no such file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one line is enough
-            checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-        script, version = str(checkpoint["script"]), int(checkpoint["format"])
-    except Exception as error:  # as many kinds as there are ways to break a file
-        raise ArgumentError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
-    require(script == Args.exp_name, f"{path}: written by {script!r}, not by this script, {Args.exp_name}")
-    require(version == 3, f"{path}: of format {version}, while this script writes and reads format 3")
-    with fitting(path, "this script"):
-        parts = set("iteration rng agent optimizer envs logger step seconds returns best".split())
-        missing = parts - {*checkpoint, *checkpoint["logger"]}
-        require(not missing, f"it lacks {', '.join(sorted(missing))}")
-        checkpoint["args"] = Args(**checkpoint["args"])
-    return checkpoint
+    def end_iteration(self, metrics):  # logs it, and saves it where it is time to
+        bad = [name for name, value in metrics.items() if not isfinite(value)]
+        require(not bad, f"{bad} became NaN or infinite; try a lower --learning-rate")
+        for step, episodic_return, length in sorted(gather(self.envs.finished)):
+            self.state["returns"] = [*self.state["returns"][-99:], float(episodic_return)]
+            row = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
+            self.log(step, row, f"{step},{time.time():.2f},{episodic_return},{length:.0f}\n")
+        self.envs.finished.clear()
+        now, step, speed = time.monotonic(), self.envs.global_step, nan
+        if self.warm:
+            metrics["charts/SPS"] = speed = (step - self.warm[1]) / (now - self.warm[0])
+        else:  # the first iteration compiles; from here on there is something to save
+            self.warm = now, step
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.note_signal)
+        self.log(step, metrics)
+        if now - self.printed_at > 5.0:
+            self.printed_at = now
+            say(f"step {step:,}: mean return {self.mean_return:.2f}, {speed:,.0f} steps/s")
+        if now - self.saved_at > 60.0 * self.args.checkpoint_interval:
+            self.save()
 
+    def note_signal(self, number, _):  # the first ends the run after an iteration, a second at once
+        if self.signals and time.monotonic() > self.signals[1] + 1.0:  # GNU timeout sends it twice
+            raise KeyboardInterrupt(number)
+        self.signals = self.signals or [number, time.monotonic()]
 
-def checkpoint_to_resume(args: Args) -> dict | None:
-    """The checkpoint to resume, None for a new run; refuses arguments that would make it another run."""
-    path = checkpoint_path(args)
-    if path is None:
-        return None
-    checkpoint = load_checkpoint(path)
-    before = checkpoint["args"]
-    for name in Args.__annotations__:  # not those of Setup
-        value, old, flag = getattr(args, name), getattr(before, name), f"--{name.replace('_', '-')}"
-        require(value == old, f"{flag} {value}: the run that --resume goes on with has {flag} {old}")
-    steps, old = args.total_timesteps, before.total_timesteps
-    require(steps >= old, f"--total-timesteps {steps} of a run with {old} can only be raised")
-    return checkpoint
-
-
-def restore(checkpoint: dict, args: Args, **parts) -> None:
-    """Loads the state of all parts, and that of the random numbers."""
-    with fitting(checkpoint_path(args), args.env_id):
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        torch.set_rng_state(checkpoint["rng"])
-
-
-@contextmanager
-def fitting(path: Path, what: str) -> Iterator[None]:
-    """Turns any error that comes from what a checkpoint contains into one line."""
-    try:
-        yield
-    except Exception as error:
-        raise ArgumentError(f"{path} does not fit {what}: {one_line(error)}") from None
-
-
-def say(line: str) -> None:
-    """Prints above the progress bar; training goes on if nobody reads it, as when Ctrl-C has ended tee(1)."""
-    try:
-        with tqdm.external_write_mode():
-            print(line, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@cache
-def say_once(line: str) -> None:
-    say(line)
-
-
-def one_line(error: Exception) -> str:
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^\w.-]", "-", name)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """All of it or nothing: written beside the old file, flushed to the disk, and only then renamed."""
-    beside = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        for _ in range(20):
-            with suppress(PermissionError):  # on Windows, while --evaluate or a scanner reads the old file
-                return os.replace(beside, path)
-            time.sleep(0.1)
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written and stays as it was: {error.strerror}") from None
-
-
-def stop_signals() -> list[int]:
-    """Ctrl-C, kill(1), and a terminal that closes, of which Windows knows nothing."""
-    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-@contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Notes the first, so that the iteration ends and is saved; a second Ctrl-C or SIGTERM acts at once."""
-    noted, handlers = [], {}
-
-    def note(number: int, _) -> None:
-        noted.append(number)
-        for caught in handlers:  # a terminal that closes sends SIGHUP up to three times
-            signal.signal(caught, signal.SIG_IGN)
-        time.sleep(0.1)  # timeout(1) sends the same signal twice at once
-        alone = world_size() == 1  # torchrun repeats what it gets
-        for caught in handlers.keys() & {signal.SIGINT, signal.SIGTERM} if alone else ():
-            signal.signal(caught, handlers[caught])
-        at_once = "; a second signal stops at once" if alone else ""
-        with suppress(OSError):  # as in say()
-            if rank() == 0:
-                os.write(2, f"\nstopping once this iteration is done and saved{at_once}\n".encode())
-
-    with suppress(ValueError):  # only the main thread can catch any
-        for number in stop_signals():
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # by nohup(1), or not Python's
-                handlers[number] = signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-class Logger:
-    """Writes a run to runs/NAME/, to W&B with --track, and its progress to the screen.
-
-    `state` is the state_dict in the checkpoint that is resumed; whatever was logged after it is dropped.
-    """
-
-    def __init__(self, args: Args, state: dict | None = None):
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.6f}"
-        self.elsewhere = TemporaryDirectory() if rank() > 0 else None  # only the first process writes the run
-        self.dir = Path(self.elsewhere.name if self.elsewhere else "runs", args.run_name or slug(name))
-        try:
-            self.dir.mkdir(parents=True, exist_ok=args.resume)
-        except OSError as error:
-            hint = "; --resume goes on with it" if isinstance(error, FileExistsError) else ""
-            raise ArgumentError(f"--run-name {self.dir.name}: {self.dir}: {error.strerror}{hint}") from None
-        state = state or {"step": 0, "seconds": 0.0, "returns": [], "best": [0, -math.inf]}
-        self.step, self.start, self.best = state["step"], time.monotonic() - state["seconds"], state["best"]
-        self.returns: deque[float] = deque(state["returns"], maxlen=100)  # of the last episodes
-        replace_file(self.dir / "args.json", (json.dumps(describe_run(args), indent=2) + "\n").encode())
-        self.csv = open_csv(self.dir / "episodes.csv", self.step)
-        self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
-        self.wandb = None
-        try:
-            self.wandb = init_wandb(args, self.dir) if args.track and rank() == 0 else None
-        except Exception as error:  # no network, or the project has a run of this name
-            say(f"training goes on without W&B: {one_line(error)}")
-        self.status, self.printed = "", time.monotonic()
-        self.times, self.profile = Counter(), []  # seconds in this iteration, microseconds per step in each
-        since = f" from step {self.step:,} on" if args.resume else ""
-        say(f"training on {args.env_id}{since}, written to {self.dir}")
-        total = args.num_iterations * args.batch_size
-        if self.step >= total:
-            self.status = f"all {total:,} steps are done; a higher --total-timesteps goes on"
-        elif args.compile:
-            say("compiling: the first steps take up to a minute, seconds with a warm cache")
-        steps = {"total": total, "initial": self.step, "unit": " steps"}
-        self.bar = tqdm(**steps, unit_scale=True, file=sys.stdout, disable=None)  # no pipe
-
-    def state_dict(self) -> dict[str, object]:
-        return {"step": self.step, "seconds": self.seconds(), "returns": [*self.returns], "best": self.best}
-
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
-
-    def mean_return(self) -> float:
-        return sum(self.returns) / len(self.returns) if self.returns else math.nan
-
-    def is_best(self) -> bool:
-        """Is the mean return the best so far? That of more episodes (up to 100) beats that of fewer."""
-        before, self.best = self.best, max(self.best, [len(self.returns), self.mean_return()])
-        return self.best is not before
-
-    def solved(self, target_return: float | None) -> bool:
-        return target_return is not None and len(self.returns) == 100 and self.mean_return() >= target_return
-
-    def log_episodes(self, finished: list[tuple[int, float, int]]) -> None:
-        for step, episodic_return, length in finished:
-            self.returns.append(episodic_return)
-            self.csv.write(f"{step},{self.seconds():.2f},{episodic_return},{length}\n")
-            self.log(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
-
-    def log_iteration(self, step: int, metrics: dict[str, float]) -> None:
-        bad = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
-        if bad:
-            advice = "try a lower --learning-rate or --max-grad-norm, or fewer --update-epochs"
-            raise FloatingPointError(f"{bad} became NaN or infinite before step {step:,}; {advice}")
-        seconds = self.seconds()
-        self.times["time/act"] -= self.times["time/env"]  # which was a part of it
-        times = {name: 1e6 * x / (step - self.step) for name, x in self.times.items()}
-        self.profile.append(times)
-        self.times.clear()
-        self.step = step
-        self.log(step, metrics | times | {"charts/SPS": step / seconds})
-        self.bar.set_postfix_str(f"return {self.mean_return():.2f}" if self.returns else "", refresh=False)
-        self.bar.update(step - self.bar.n)
-        returns = f"mean return {self.mean_return():.2f} of the last {len(self.returns)} episodes"
-        returns = returns if self.returns else "no episode has ended yet"
-        self.status = f"step {step:,}: {returns}, {step / seconds:,.0f} steps/s, {seconds / 60:.1f} min"
-        if self.bar.disable and time.monotonic() - self.printed > 5.0:
-            self.print_status()
-
-    @contextmanager  # which makes a decorator as well
-    def timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.times[name] += time.perf_counter() - start
-
-    def print_status(self) -> None:
-        if self.status:
-            say(self.status)
-        self.status, self.printed = "", time.monotonic()
-
-    def log(self, step: int, scalars: dict[str, float]) -> None:
-        for key, value in scalars.items():
-            self.tensorboard.add_scalar(key, value, step)
-        self.tell_wandb(lambda run: run.log(scalars | {"global_step": step}, step=step))
-
-    def log_video(self, step: int, path: Path) -> None:
+    def log(self, step, scalars, csv_row=""):
+        if RANK == 0:
+            self.csv.write(csv_row)
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
         if self.wandb:
-            from wandb import Video
+            self.wandb.log(scalars | {"global_step": step})
 
-            self.tell_wandb(lambda run: run.log({"videos": Video(str(path), format="mp4")}, step=step))
+    def save(self):  # last.pt, and best.pt if the mean return has not been as good; and a video
+        self.saved_at, step, mean = time.monotonic(), self.envs.global_step, self.mean_return
+        if RANK > 0:
+            return
+        self.writer.flush()  # first: what a checkpoint knows of is there with it
+        os.fsync(self.csv.fileno())
+        names = ["best.pt", "last.pt"] if mean > self.state["best"] else ["last.pt"]
+        self.state |= {"best": max(self.state["best"], mean), "rng": torch.get_rng_state()}
+        self.state |= {"csv_size": os.stat(self.csv.name).st_size, "global_step": step}
+        for name in names:  # all of it or nothing: the old file stays until the new one is complete
+            with refusing(f"{name} cannot be written, and stays as it was", OSError, RuntimeError):
+                with open(self.path.with_name("new.pt"), "wb") as file:
+                    torch.save(self.state, file)
+                    os.fsync(file.fileno())
+                os.replace(file.name, self.path.with_name(name))
+        if self.wandb:
+            self.wandb.log_model(self.path)
+        if self.args.capture_video:
+            try:
+                args, videos = replace(self.args, eval_episodes=1), self.folder / "videos"
+                returns, _ = evaluate(self.agent, args, videos, f"step-{step}")
+                self.log(step, {"charts/eval_return": returns[0]})
+            except Exception as error:  # no ffmpeg, no EGL: each simulator has its own
+                say(f"no video: {error!r}")
 
-    def tell_wandb(self, message: Callable[[object], object]) -> None:
-        """Training goes on, whatever happens to W&B or to the network."""
-        try:
-            if self.wandb:
-                message(self.wandb)
-        except Exception as error:
-            self.wandb = None
-            say(f"training goes on without W&B: {one_line(error)}")
-
-    def flush(self) -> None:
-        self.tensorboard.flush()
-        os.fsync(self.csv.fileno())  # Python has handed over every line already
-
-    def close(self) -> None:
-        self.bar.close()
-        self.print_status()
-        if self.profile:
-            medians = {name: np.median([times[name] for times in self.profile]) for name in self.profile[0]}
-            say("µs per step: " + ", ".join(f"{name[5:]} {median:.1f}" for name, median in medians.items()))
-        self.csv.close()
-        self.tensorboard.close()
-        checkpoint = self.dir / "checkpoints" / "last.pt"
-        if checkpoint.exists():
-            self.tell_wandb(lambda run: run.log_model(str(checkpoint), f"{run.id}-last"))
-        self.tell_wandb(lambda run: run.finish(exit_code=int(sys.exc_info()[0] is not None)))
-        if self.elsewhere:
-            self.elsewhere.cleanup()
-
-
-def world_size() -> int:
-    """Number of processes that torchrun has started; each has an equal part of the environments."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank() -> int:
-    """Number of this process among them, from 0 on."""
-    return int(os.environ.get("RANK", 0))
+    def close(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if RANK == 0:
+            self.csv.close()
+            self.writer.close()
+        if self.wandb:
+            self.wandb.finish(bool(sys.exc_info()[0]))
 
 
-def average(x: Tensor) -> Tensor:
-    """The mean of what every process passes, in place; `x` as it is where there is only one."""
-    if world_size() > 1:
+# ---- speed and torchrun --nproc-per-node=2 ppo_atari.py -------------------------------------
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; each has a part of the environments
+RANK = int(os.environ.get("RANK", 0))  # number of this process, from 0 on
+
+
+def average(x):  # over all processes, in place
+    if WORLD_SIZE > 1:
         distributed.all_reduce(x)
-        x /= world_size()
+        x /= WORLD_SIZE
     return x
 
 
-def gather(items: list) -> list:
-    """Those of every process, in order of rank."""
-    lists = [items] * world_size()
-    if world_size() > 1:
+def gather(items):  # of all processes, in order of rank
+    lists = [items] * WORLD_SIZE
+    if WORLD_SIZE > 1:
         distributed.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
 
-def moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance along a dimension, which becomes 1, over all processes."""
-    mean = average(x.mean(dim, keepdim=True))
-    return mean, average((x - mean).square().mean(dim, keepdim=True))
+def make_optimizer(agent, args):  # all parameters become views of one vector: faster to update
+    trained = [p for p in agent.parameters() if p.requires_grad]
+    vector = nn.Parameter(nn.utils.parameters_to_vector(trained).detach())
+    nn.utils.vector_to_parameters(vector, trained)
+    optimizer = torch.optim.Adam([vector], lr=args.learning_rate, eps=1e-5, fused=True)
+    vector.grad = torch.zeros_like(vector)
+    optimizer.step()  # makes Adam's moments, which a checkpoint can be loaded into
+    optimizer.state[vector]["step"].zero_()
+    return optimizer
 
 
-@contextmanager
-def process_group() -> Iterator[None]:
-    """Joins the processes of torchrun, if any: what all but the first one print is thrown away."""
-    with ExitStack() as stack:
-        if world_size() > 1:
-            store, *_ = next(distributed.rendezvous("env://"))
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives an attempt:
-                # a restart would find the addresses of the dead in it, so each attempt gets its own prefix
-                store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-            nccl = torch.cuda.is_available() and distributed.is_nccl_available()  # not on Windows
-            backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-            distributed.init_process_group(backend=backend, store=store, rank=rank(), world_size=world_size())
-            stack.callback(distributed.destroy_process_group)
-        if rank() > 0:
-            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", errors="replace"))))
-        yield
-
-
-def open_csv(path: Path, step: int):
-    """To append to; rows that an earlier attempt wrote after `step` are dropped, they will come again."""
-    text = path.read_text(errors="replace") if path.exists() else ""
-    kept = [row[0] for row in re.finditer(r"^(\d+),.*\n", text, re.MULTILINE) if int(row[1]) <= step]
-    replace_file(path, "".join(["global_step,wall_time,return,length\n", *kept]).encode())
-    return open(path, "a", buffering=1)
-
-
-def describe_run(args: Args) -> dict[str, object]:
-    """What it takes to repeat a run: arguments, versions, hardware, git commit ("-dirty": changed since)."""
-    script, packages = Path(__file__).resolve(), ("torch", "gymnasium", "ale-py", "mujoco", "numpy")
-    git = f'git -C "{script.parent}" describe --always --match= --abbrev=40 --dirty'
-    status, commit = subprocess.getstatusoutput(git)
-    return {
-        "script": script.name,
-        "args": asdict(args),
-        "versions": {d.name: d.version for d in distributions() if d.name in packages},
-        "python": platform.python_version(),
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "processes": world_size(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
-        "git_commit": None if status else commit,
-    }
-
-
-def init_wandb(args: Args, run_dir: Path):
-    """A W&B run named as its folder; offline, and never a prompt, where nobody is logged in."""
-    import wandb
-
-    mode = "offline"
-    with suppress(wandb.Error):  # a wrong key, or no network to check it
-        if os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.login(prompt=False):
-            mode = None  # as WANDB_MODE says, or else online
-    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
-    identity = {"name": run_dir.name, "id": slug(run_dir.name), "resume": "allow" if args.resume else "never"}
-    return wandb.init(**identity, **where, config=asdict(args), save_code=True, mode=mode)
-
-
-def prepare(args: Args, iteration: int = 0) -> torch.device:
-    """Returns the device; prepares torch for it, and seeds torch, NumPy and Python."""
-    mps = torch.backends.mps.is_available() and world_size() == 1  # for which torchrun has no means
-    auto = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    name = auto if args.device == "auto" else args.device
-    known = re.fullmatch(r"cpu|(cuda|mps)(:\d+)?", name)
-    require(known is not None, f"--device {name}: not auto, cpu, cuda, cuda:1 or mps")
-    require(name[:3] != "mps" or world_size() == 1, f"--device {name}: torchrun has no means for it")
-    if name == "cuda" and world_size() > 1:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # every process on a machine has its own
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        warnings.filterwarnings("ignore", "TensorFloat32")  # the compiler suggests it
-    if device.type == "mps":  # the compiler would take the layout that is slow there
-        os.environ.setdefault("TORCHINDUCTOR_LAYOUT_OPTIMIZATION", "0")
-    torch.manual_seed(args.seed)
-    entropy = [args.seed % 2**32, iteration, rank()]
-    np.random.seed(entropy)  # these two for environments that draw from them
-    random.seed(str(entropy))
-    Distribution.set_default_validate_args(False)  # its checks cost as much as the distributions themselves
-    return device
-
-
-def make_agent(args: Args, envs: Envs, device: torch.device) -> Agent:
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    fast = on_gpu or any(units.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and fast)
-    if bf16 and not fast:
-        say("bf16 may be many times slower here than fp32, which --precision auto would take")
-    return Agent(envs.observation_space, envs.action_space, args.shared_network, bf16).to(device)
-
-
-def make_optimizer(agent: Agent, args: Args) -> torch.optim.Optimizer:
-    """Adam of one vector, of which all parameters of the agent become views: one call for all of them."""
-    vector = nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
-    nn.utils.vector_to_parameters(vector, agent.parameters())
-    return torch.optim.Adam([nn.Parameter(vector)], lr=args.learning_rate, eps=1e-5, fused=True)
-
-
-def start_compiler(device: torch.device) -> None:
-    """Starts the compiler's processes for a GPU, deaf to SIGHUP: it would wait for dead ones forever."""
-    if device.type == "cuda" and hasattr(signal, "SIGHUP"):
-        from torch._inductor.async_compile import maybe_warm_pool
-
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-        try:
-            maybe_warm_pool()  # they inherit what is blocked
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """By torch.compile, into a CUDA graph on a GPU; the function itself, with a warning, where that fails."""
-    cuda, fast = device.type == "cuda", None
+def compiled(function, args, device):  # as a CUDA graph on a GPU; as it is where that fails
+    torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradient become one graph
+    options = {"triton.cudagraphs": device.type == "cuda" and WORLD_SIZE == 1}
+    fast = torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     def call(*inputs):
         nonlocal fast
         try:
-            if fast is None:
-                start_compiler(device)
-                torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradient become one graph
-                unchecked = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe  # nn.Linear stays as it is
-                options = {"triton.cudagraphs": cuda, "guard_filter_fn": unchecked}
-                fast = torch.compile(function, fullgraph=True, dynamic=False, options=options)
-            outputs = fast(*inputs)
-        except Exception as error:  # no compiler, or one that cannot cope
-            if fast is function:
-                raise
-            say_once(f"slower without torch.compile: {one_line(error)}")
+            return fast(*inputs)
+        except Exception as error:
+            say(f"slower without torch.compile: {error!r}")
             fast = function
             return function(*inputs)
-        # the next replay of a CUDA graph overwrites what this one returned
-        return torch.utils._pytree.tree_map(torch.clone, outputs) if cuda else outputs
 
-    return call
+    return call if args.compile else function
 
 
-def accelerate(args: Args, agent: Agent, device: torch.device) -> tuple[Callable, Callable]:
-    """act() and minibatch_gradient(), or with --compile what does the same faster."""
-    if not args.compile:
-        return act, minibatch_gradient
-    torch.compiler.reset()  # of earlier runs in this process: torch gives up a function compiled too often
-    return compiled(act, device), compiled(minibatch_gradient, device)
+# ---- command line --------------------------------------------------------------------------------
+class Refusal(Exception):
+    """What this script cannot do; main() prints it as one line and exits with status 2."""
 
 
-@undisturbed()
-def train(args: Args) -> float:
-    """[PPO] algorithm 1; returns the mean return of the last 100 episodes."""
-    checkpoint = checkpoint_to_resume(args)
-    iteration = checkpoint["iteration"] if checkpoint else 0
-    device = prepare(args, iteration)
-    with process_group(), closing(Envs(args, args.num_envs // world_size(), [args.seed, iteration])) as envs:
-        agent = make_agent(args, envs, device)
-        optimizer = make_optimizer(agent, args)
-        fast_act, fast_gradient = accelerate(args, agent, device)
-        if checkpoint:
-            restore(checkpoint, args, agent=agent, optimizer=optimizer, envs=envs)
-        require(len({*gather([iteration])}) == 1, "some processes see an older checkpoint; try again")
-        if rank() > 0:  # the same agent, but other actions and minibatches
-            torch.manual_seed(int(np.random.default_rng([args.seed, iteration, rank()]).integers(2**63)))
-        with (
-            closing(Logger(args, checkpoint and checkpoint["logger"])) as logger,
-            closing(Checkpoints(args, logger, agent=agent, optimizer=optimizer, envs=envs)) as checkpoints,
-            noted_signals() as signals,
-        ):
-            checkpoints.save(iteration)
-            collect, learn = logger.timed("time/act")(collect_rollout), logger.timed("time/update")(update)
-            envs.step = logger.timed("time/env")(envs.step)
-            obs = torch.from_numpy(envs.reset()).to(device)
-            stop = gather(signals)
-            while not stop and iteration < args.num_iterations and not logger.solved(args.target_return):
-                left = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
-                optimizer.param_groups[0]["lr"] = args.learning_rate * left
-                rollout, obs = collect(agent, envs, obs, args.num_steps, fast_act)
-                logger.log_episodes(sorted(gather(envs.finished)))
-                envs.finished.clear()
-                logger.log_iteration(envs.num_steps, learn(agent, optimizer, rollout, args, fast_gradient))
-                del rollout  # or it would stay in memory while the next one is made
-                iteration += 1
-                checkpoints.after(iteration)
-                stop = gather(signals)
-            checkpoints.save(iteration)
-            if stop:
-                say(f"saved; --run-name {logger.dir.name} --resume goes on with it")
-            else:
-                checkpoints.record()
-            if logger.solved(args.target_return):
-                say(f"solved at step {logger.step:,} after {logger.seconds() / 60:.1f} min")
-    if stop:
-        sys.exit(128 + stop[0])
-    return logger.mean_return()
+def require(condition, message):
+    if not condition:
+        raise Refusal(message)
 
 
-def parse_args() -> Args:
-    """The command line, on top of the arguments of the run that it resumes or evaluates."""
-    setup, _ = tyro.cli(Setup, return_unknown_args=True, add_help=False)
-    path = checkpoint_path(setup)
-    if path is None:
-        return tyro.cli(Args)
-    before = replace(load_checkpoint(path)["args"], resume=False)
-    return tyro.cli(Args, default=replace(before, capture_video=False) if setup.evaluate else before)
-
-
-def main() -> None:
-    for stream in (sys.stdout, sys.stderr):  # whose code page may lack γ, as on Windows
-        with suppress(AttributeError):  # there is none, or a notebook's
-            stream.reconfigure(errors="replace")
+@contextmanager
+def refusing(what, *errors):
     try:
-        args = parse_args()
-        train(args) if args.evaluate is None else evaluate_checkpoint(args)
-    except (ArgumentError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ArgumentError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        yield
+    except errors as error:
+        raise Refusal(f"{what}: {error!r}") from None
+
+
+def say(line, file=None):
+    if RANK == 0 or file:
+        with suppress(OSError):  # nobody reads any more, as when Ctrl-C has ended tee(1)
+            print(" ".join(line.split())[:300], flush=True, file=file)
+
+
+def prepare(args):  # refuses what cannot work, prepares torch, returns the device
+    with refusing("arguments", ValueError):
+        valid = TypeAdapter(Args).validate_python(asdict(args))  # types and ranges
+    vars(args).update(vars(valid))
+    problems = {
+        "minibatches must be of equal size": args.batch_size % (args.num_minibatches * WORLD_SIZE),
+        "total_timesteps is less than num_envs x num_steps": args.num_iterations == 0,
+        "gamma and gae_lambda must be at most 1": max(args.gamma, args.gae_lambda) > 1,
+        "num_envs must be a multiple of the number of processes": args.num_envs % WORLD_SIZE,
+        "norm_adv needs two transitions in a minibatch": args.norm_adv
+        and args.minibatch_size < 2 * WORLD_SIZE,
+        "resume needs the run_name to go on with": args.resume and not args.run_name,
+    }
+    found = [problem for problem, wrong in problems.items() if wrong]
+    require(not found, f"arguments: {found}")
+    default = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}"
+    args.run_name = args.run_name or default.replace("/", "-")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    name = auto if args.device == "auto" else args.device
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    with refusing(f"--device {name}", Exception):  # no such device, or no driver
+        device = torch.empty(0, device=name).device
+    if WORLD_SIZE > 1 and not distributed.is_initialized():
+        store, *_ = next(distributed.rendezvous("env://"))  # a restart must not see its old keys
+        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    Distribution.set_default_validate_args(False)  # its checks cost as much as the distributions
+    return device
+
+
+def bf16(args):  # auto: where matrix products are faster with it
+    cpu = torch.cpu.get_capabilities()
+    fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16") or torch.cuda.is_available()
+    return args.precision == "bf16" or (args.precision == "auto" and bool(fast))
+
+
+def game_options(env_id):  # what an id says, as arguments of AtariVectorEnv, or a refusal
+    module, _, name = env_id.rpartition(":")
+    with refusing(f"--env-id {env_id}", gym.error.Error, ModuleNotFoundError):
+        if module:  # registers its ids when it is imported, as in gymnasium
+            importlib.import_module(module)
+        dropped = name not in gym.registry and "Deterministic-v" in name  # by ale-py
+        spec = gym.spec(name.replace("Deterministic", "") if dropped else name)
+    plain = spec.entry_point in ("ale_py.env:AtariEnv", "ale_py:AtariEnv", AtariEnv)
+    game = spec.kwargs.get("game")
+    wrong = f"--env-id {env_id}: {spec.entry_point}, game {game!r}, is no plain game of ale-py"
+    require(plain and game in roms.get_all_rom_ids() and not spec.additional_wrappers, wrong)
+    options = {"game": game, "frameskip": 4, "repeat_action_probability": 0.25}  # as in AtariEnv
+    options |= {"full_action_space": False, "max_num_frames_per_episode": None}
+    usual = (None, 0, "rgb", "grayscale", 0.5)  # mode, difficulty, ... that change nothing
+    odd = {k: v for k, v in spec.kwargs.items() if k not in options and v not in usual}
+    require(not odd, f"--env-id {env_id}: ppo_atari.py cannot do {odd}")
+    options |= {k: v for k, v in spec.kwargs.items() if k in options}
+    skip, limit = options["frameskip"], options["max_num_frames_per_episode"] or 108_000
+    if skip == 1 or isinstance(skip, tuple):  # the shots of Space Invaders blink, every 4 frames
+        options["frameskip"] = 3 if dropped and game == "space_invaders" else 4
+    if spec.max_episode_steps is not None:
+        limit = min(limit, spec.max_episode_steps * (1 if skip == 1 else options["frameskip"]))
+    return options | {"max_num_frames_per_episode": limit}
+
+
+CLEANRL = """Of CleanRL's, --cuda is --device here, --save-model is always on, --x False is --no-x,
+and --kl-coef is for ppo_kl_penalty.py."""
+
+
+def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch.compile may swallow a KeyboardInterrupt
+    try:
+        args, unknown = tyro.cli(Args, return_unknown_args=True, add_help=False)
+        wrong = {*unknown} - {"-h", "--help"}
+        require(not wrong, f"unknown {wrong}; --help lists the options. {CLEANRL}")
+        path, before = checkpoint_path(args), Args()
+        if args.evaluate or (args.resume and path.exists()):
+            before = replace(load_checkpoint(path)["args"], resume=False, capture_video=False)
+            say(f"{path}: arguments as they were, but {' '.join(sys.argv[1:])}")
+        args = tyro.cli(Args, default=before)
+        if args.evaluate:
+            return evaluate_checkpoint(args)
+        with refusing("the environment ended the process", SystemExit):
+            train(args)
+    except Refusal as refusal:
+        say(f"error: {refusal}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        sys.exit(128 + (interrupt.args or [signal.SIGINT])[0])
 
 
 if __name__ == "__main__":

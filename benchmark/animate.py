@@ -1,6 +1,6 @@
 """Makes README's animations of trained agents: `python benchmark/animate.py CHECKPOINT NAME`.
 
-Writes a part of an episode to results/animations/NAME.gif, and to NAME.json what `--evaluate` tells about it.
+Writes a part of an episode to results/animations/NAME.gif, and to NAME.json what it is of.
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import tyro
 from moviepy import VideoFileClip
 
@@ -26,19 +27,25 @@ def main(
     height: int = 200,  # of the pictures
     seed: int = 1,  # of the episode
 ) -> None:
-    about = json.loads((checkpoint.parent.parent / "args.json").read_text())
-    script = about["script"]
+    trained = torch.load(checkpoint, weights_only=True)
+    script, args = f"{trained['format'].partition(',')[0]}.py", trained["args"]
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(shutil.copy(checkpoint, folder))  # the run keeps its own eval.json
+        copy = Path(folder, "checkpoints", checkpoint.name)  # the run keeps its own eval.json
+        copy.parent.mkdir()
+        shutil.copy(checkpoint, copy)
         options = ["--capture-video", "--eval-episodes", "1", "--seed", str(seed)]
         subprocess.run([sys.executable, ROOT / script, "--evaluate", copy, *options], check=True)
         (video,) = Path(folder).rglob("*.mp4")
         RESULTS.mkdir(parents=True, exist_ok=True)
         with VideoFileClip(str(video)) as clip:
-            part = clip.subclipped(start, min(start + seconds, clip.duration)).resized(height=height)
+            part = clip.subclipped(start, min(start + seconds, clip.duration)).resized(
+                height=height
+            )
             part.write_gif(str(RESULTS / f"{name}.gif"), fps=fps, logger=None)
-        report = {"script": script, "training_seed": about["args"]["seed"]}
-        report |= json.loads((copy.parent / "eval.json").read_text())
+        report = {"script": script, "env_id": args["env_id"], "training_seed": args["seed"]}
+        report |= {"checkpoint": checkpoint.name, "global_step": trained["global_step"]}
+        score = json.loads((copy.parent / "eval.json").read_text())
+        report |= {name: score[name] for name in ("returns", "lengths")} | {"seed": seed}
         (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

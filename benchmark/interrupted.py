@@ -1,8 +1,9 @@
-"""Trains like the study `mujoco` does, but kills every run again and again and resumes it each time.
+"""Trains like the study `mujoco`, but kills every run again and again and resumes it each time.
 
     python benchmark/interrupted.py
 
-The summaries in benchmark/results/interrupted/ are to be compared with those of the same seeds left alone.
+The summaries in benchmark/results/interrupted/ are to be compared with those of the same seeds left
+alone.
 """
 
 import json
@@ -14,7 +15,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from run import ROOT, Run, episodes_in_csv, summarize
+import tyro
+from run import ROOT, Run, episodes_in_csv, summarize, write
 
 SECONDS = (40.0, 90.0)  # between a start and its SIGKILL
 RUN = Run("interrupted", "ppo_continuous.py", "Hopper-v5", 1, "--checkpoint-interval 0.25")
@@ -36,11 +38,15 @@ def execute(run: Run) -> None:
                 kills += 1
     if status:
         sys.exit(f"{command} ended with exit status {status}")
-    run.result.parent.mkdir(parents=True, exist_ok=True)
-    about = {"kills": kills} | json.loads((folder / "args.json").read_text())
-    run.result.write_text(json.dumps(summarize(command, episodes_in_csv(folder), about)) + "\n")
+    about = {"kills": kills, "script": run.script}
+    about |= json.loads((folder / "args.json").read_text())
+    write(run, summarize(command, episodes_in_csv(folder), about), threads=1)
+
+
+def main() -> None:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(execute, [replace(RUN, seed=seed) for seed in (1, 2, 3)]))
 
 
 if __name__ == "__main__":
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(execute, [replace(RUN, seed=seed) for seed in (1, 2, 3)]))
+    tyro.cli(main, description=__doc__)

@@ -1,9 +1,9 @@
-"""Makes the figures and tables of benchmark/results/ from the summaries that benchmark/run.py wrote there.
+"""Makes the figures and tables of benchmark/results/ from the summaries of benchmark/run.py.
 
     python benchmark/plot.py
 
-Each study gets a picture, its learning curves with the mean over seeds in bold, and a table of final returns.
-The tables of README.md are made here as well.
+Each study gets a picture, its learning curves with the mean over seeds in bold, and a table of
+final returns. The tables of docs/ are made here as well, between their marks.
 """
 
 import json
@@ -17,16 +17,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import speed
+import tyro
 from matplotlib.ticker import EngFormatter
 
 RESULTS = Path(__file__).resolve().parent / "results"
-README = Path(__file__).resolve().parent.parent / "README.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
-# README's table of results: study, environment, script, its arguments, and the means published for older
-# versions of the task: of CleanRL's scripts (HalfCheetah's second one in December 2022) and, by Huang et al.
-# (2022), of openai/baselines' on Atari: https://docs.cleanrl.dev/rl-algorithms/ppo/; of baselines' on MuJoCo:
+# docs' table of results: study, environment, script, its arguments, and the means published for
+# older versions of the task: of CleanRL's scripts (HalfCheetah's second one in December 2022) and,
+# by Huang et al. (2022), of openai/baselines' on Atari:
+# https://docs.cleanrl.dev/rl-algorithms/ppo/; of baselines' on MuJoCo:
 # https://github.com/openai/baselines/blob/master/benchmarks_mujoco1M.htm
-README_ROWS = (
+DOCS_ROWS = (
     ("mujoco", "HalfCheetah-v5", "ppo_continuous.py", "defaults", "1443 ± 46, 2906 ± 1129", "1669"),
     ("mujoco", "Hopper-v5", "ppo_continuous.py", "defaults", "2383 ± 272", "2316"),
     ("mujoco", "Walker2d-v5", "ppo_continuous.py", "defaults", "2288 ± 572", "3425"),
@@ -45,7 +47,8 @@ README_ROWS = (
     ("atari", "BreakoutNoFrameskip-v4", "ppo_atari.py", "defaults", "415 ± 28", "407"),
 )
 
-# Studies that change one thing of the runs of another one, which are shown beside them: its name, their label
+# Studies that change one thing of the runs of another one, which are shown beside them: its name,
+# their label
 BESIDE = {"eager": ("mujoco", "compiled"), "interrupted": ("mujoco", "left alone")}
 
 
@@ -60,7 +63,7 @@ def load(study: Path) -> dict[tuple[str, str], list[dict]]:
     return dict(sorted(runs.items()))
 
 
-def beside(runs: dict[tuple[str, str], list[dict]], label: str, other: str, other_label: str) -> dict:
+def beside(runs: dict, label: str, other: str, other_label: str) -> dict:
     """Those of another study in the same environments as well, each with its label."""
     others, both = load(RESULTS / other), {}
     for (env_id, script), group in runs.items():
@@ -106,35 +109,44 @@ def per_seed(finals: np.ndarray, digits: int = 1) -> tuple[str, str]:
 
 
 def steps_of(group: list[dict]) -> int:
-    """As many as were asked for, or fewer where a run was stopped: its last episode ended long before."""
+    """As many as were asked for, or fewer where a run was stopped, as its last episode tells."""
     asked = group[0]["args"]["total_timesteps"]
     taken = min(run.get("global_step", asked) for run in group)
     return asked if taken > 0.95 * asked else taken
 
 
 def tabulate(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
-    rows = ["| environment | script | steps | final return per seed | median | mean ± sd | minutes per run |"]
-    rows.append("|---" * 7 + "|")
+    titles = ("environment", "script", "steps", "final return per seed", "median", "mean ± sd")
+    rows = [f"| {' | '.join(titles)} | minutes per run |", "|---" * 7 + "|"]
     for (env_id, script), group in runs.items():
         finals = np.array([run["final_mean_return"] for run in group])
         minutes = np.median([run["wall_time"] for run in group]) / 60
         (each, mean), median = per_seed(finals), np.median(finals)
-        cells = (env_id, script, f"{steps_of(group):,}", each, f"{median:.1f}", mean, f"{minutes:.1f}")
+        cells = (
+            env_id,
+            script,
+            f"{steps_of(group):,}",
+            each,
+            f"{median:.1f}",
+            mean,
+            f"{minutes:.1f}",
+        )
         rows.append(f"| {' | '.join(cells)} |")
     (study / "table.md").write_text("\n".join(rows) + "\n")
 
 
 def results() -> list[str]:
-    """README's table, of what README_ROWS names and there is."""
-    rows = ["| environment | script | steps | arguments | each seed | mean ± sd | CleanRL | baselines |"]
-    rows.append("|---" * 8 + "|")
-    for study, env_id, script, arguments, *published in README_ROWS:
+    """The table of docs/, of what DOCS_ROWS names and there is."""
+    titles = ("environment", "script", "steps", "arguments", "each seed", "mean ± sd", "CleanRL")
+    rows = [f"| {' | '.join(titles)} | baselines |", "|---" * 8 + "|"]
+    for study, env_id, script, arguments, *published in DOCS_ROWS:
         if group := load(RESULTS / study).get((env_id, script)):
             finals = np.array([run["final_mean_return"] for run in group])
             steps = f"{steps_of(group) / 1e6:.2g}M"
             each, mean = per_seed(finals, digits=0 if abs(finals).max() >= 100 else 1)
             others = [text or "–" for text in published]
-            rows.append(f"| {' | '.join((env_id, f'`{script}`', steps, arguments, each, mean, *others))} |")
+            cells = (env_id, f"`{script}`", steps, arguments, each, mean, *others)
+            rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
@@ -144,10 +156,12 @@ def fill(text: str, name: str, lines: list[str]) -> str:
     return marks.sub(lambda found: "\n".join([found[1], *lines, "", found[2]]), text)
 
 
-def means_drawn_again(returns: np.ndarray, rng: np.random.Generator, draws: int = 10_000) -> np.ndarray:
+def means_drawn_again(
+    returns: np.ndarray, rng: np.random.Generator, draws: int = 10_000
+) -> np.ndarray:
     """Of the returns of two or more seeds, for a bootstrap interval.
 
-    Seeds drawn again vary less than new ones would, by (n - 1) / n: so their deviations are enlarged.
+    Seeds drawn again vary less than new ones would, by (n - 1) / n: their deviations are enlarged.
     """
     deviations = returns - returns.mean()
     enlarged = returns.mean() + deviations * np.sqrt(len(returns) / (len(returns) - 1))
@@ -155,9 +169,12 @@ def means_drawn_again(returns: np.ndarray, rng: np.random.Generator, draws: int 
 
 
 def cleanrl(folder: Path) -> list[str]:
-    """CleanRL's runs beside ours of the same tasks, and how much better ours are: README's table."""
+    """CleanRL's runs beside ours of the same tasks, and how much better ours are, for docs/."""
     ours, theirs = load(RESULTS / "mujoco"), load(folder)
-    rows = ["| task | ours, v5 (seeds) | CleanRL, v4 (seeds) | difference | 95 % |", "|---|---|---|---|---|"]
+    rows = [
+        "| task | ours, v5 (seeds) | CleanRL, v4 (seeds) | difference | 95 % |",
+        "|---" * 5 + "|",
+    ]
     runs = {}
     for (env_id, script), group in theirs.items():
         task = env_id.removesuffix("-v4")
@@ -185,16 +202,16 @@ PAPER_SCORES |= {"fixed-0.3": 0.62, "fixed-1": 0.71, "fixed-3": 0.72, "fixed-10"
 
 
 def bootstrap(scores: list[np.ndarray]) -> tuple[float, float]:
-    """95 % interval of the mean over tasks of the mean over seeds, the seeds of each task drawn again."""
+    """95 % interval of the mean over tasks and seeds, the seeds of each task drawn again."""
     rng = np.random.default_rng(0)
     means = [means_drawn_again(x, rng) for x in scores]
     return tuple(np.quantile(np.mean(means, axis=0), (0.025, 0.975)))
 
 
 def paper(folder: Path) -> list[str]:
-    """Our Table 1 beside the paper's; the scores of a task go from 0, random actions, to 1, the best run.
+    """Our Table 1 beside the paper's; scores go from 0, random actions, to 1, the task's best run.
 
-    Returns README's table of the objectives that every task was run with.
+    Returns the table of docs/, of the objectives that every task was run with.
     """
     finals = {}  # objective: {task: final returns}
     for objective in ("random", *PAPER_SCORES):
@@ -210,11 +227,13 @@ def paper(folder: Path) -> list[str]:
         f"| objective | runs | score | 95 % | paper | {' | '.join(titles)} |",
         "|---" * (5 + len(floor)) + "|",
     ]
-    shown, several = {}, sum(len(of) == len(floor) for of in finals.values()) > 1  # or the best is nobody
+    shown, several = {}, sum(len(of) == len(floor) for of in finals.values()) > 1  # or all are best
     for objective, of in finals.items():
         if not of:
             continue
-        scores = [(of[task] - floor[task]) / (best[task] - floor[task]) for task in floor if task in of]
+        scores = [
+            (of[task] - floor[task]) / (best[task] - floor[task]) for task in floor if task in of
+        ]
         cells = [f"{of[task].mean():.1f}" if task in of else "" for task in floor]
         runs, seeds = sum(map(len, of.values())), min(map(len, of.values()))
         score = interval = ""
@@ -236,7 +255,8 @@ def paper(folder: Path) -> list[str]:
     short = ["| objective | seeds | score | 95 % | paper |", "|---|---|---|---|---|"]
     for objective, (score, low, high, seeds) in shown.items():
         interval = f"{low:.2f} to {high:.2f}" if seeds > 1 else ""
-        short.append(f"| {objective} | {seeds} | {score:.2f} | {interval} | {PAPER_SCORES[objective]:.2f} |")
+        paper_score = f"{PAPER_SCORES[objective]:.2f}"
+        short.append(f"| {objective} | {seeds} | {score:.2f} | {interval} | {paper_score} |")
     if not shown:
         return short
     figure, axis = plt.subplots(figsize=(6.5, 0.35 * len(shown) + 1.0))
@@ -254,17 +274,20 @@ def paper(folder: Path) -> list[str]:
 
 
 def main() -> None:
-    readme = fill(README.read_text(), "results", results())
+    tables, measured = {"results": results()}, RESULTS / "speed" / "speed.json"
     if (RESULTS / "paper" / "random").exists():
-        readme = fill(readme, "objectives", paper(RESULTS / "paper"))
+        tables["objectives"] = paper(RESULTS / "paper")
     if (RESULTS / "cleanrl").exists():
-        readme = fill(readme, "cleanrl", cleanrl(RESULTS / "cleanrl"))
-    measured = RESULTS / "speed" / "speed.json"
+        tables["cleanrl"] = cleanrl(RESULTS / "cleanrl")
     if measured.exists():
-        readme = fill(readme, "speed", speed.summarize(json.loads(measured.read_text())))
-    README.write_text(readme)
-    others = [path for path in RESULTS.iterdir() if path.is_dir() and path.name not in ("paper", "cleanrl")]
-    for study in sorted(others):
+        tables["speed"] = speed.summarize(json.loads(measured.read_text()))
+    for path in DOCS.glob("*.md"):
+        text = path.read_text()
+        for name, table in tables.items():
+            text = fill(text, name, table)
+        path.write_text(text)
+    others = {path for path in RESULTS.iterdir() if path.is_dir()}
+    for study in sorted(others - {RESULTS / "paper", RESULTS / "cleanrl"}):
         if runs := load(study):
             if study.name in BESIDE:
                 runs = beside(runs, study.name, *BESIDE[study.name])
@@ -274,4 +297,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -1,4 +1,4 @@
-"""A rollout and an update of ppo_atari.py on every game that ale-py ships: `python benchmark/roms.py`."""
+"""Rollouts and updates of ppo_atari.py on every game of ale-py: `python benchmark/roms.py`."""
 
 import contextlib
 import io
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ale_py
 import gymnasium as gym
+import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "roms"
@@ -22,7 +23,11 @@ import ppo_atari  # noqa: E402 (after the path to it)
 def env_ids() -> dict[str, str]:
     """The newest id of each game that gymnasium knows, by the name of its ROM."""
     gym.register_envs(ale_py)
-    specs = [spec for name, spec in gym.registry.items() if name.startswith("ALE/") and "-ram" not in name]
+    specs = [
+        spec
+        for name, spec in gym.registry.items()
+        if name.startswith("ALE/") and "-ram" not in name
+    ]
     return {spec.kwargs["game"]: spec.id for spec in specs}
 
 
@@ -57,7 +62,10 @@ def main() -> None:
         report["games"][rom] = problem
         print(f"{rom}: {problem or 'works'}", flush=True)
     failures = {rom: problem for rom, problem in report["games"].items() if problem}
-    rows = [f"{len(roms) - len(failures)} of the {len(roms)} games of ale-py {report['ale-py']} work.", ""]
+    rows = [
+        f"{len(roms) - len(failures)} of the {len(roms)} games of ale-py {report['ale-py']} work.",
+        "",
+    ]
     if failures:
         rows += ["| game | what went wrong |", "|---|---|"]
         rows += [f"| {rom} | {problem} |" for rom, problem in failures.items()]
@@ -67,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

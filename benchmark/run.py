@@ -1,10 +1,11 @@
-"""Runs the studies behind the README's results, several at a time, and keeps one small file of each run.
+"""Runs the studies behind the results, several at a time, and keeps a small file of each run.
 
     python benchmark/run.py mujoco eager --workers 2
 
-Finished runs are skipped and interrupted ones resumed, so the command can be repeated. A run is written to
-runs/STUDY__ENV__SCRIPT__SEED/ like any other; its summary to benchmark/results/STUDY/ENV__SCRIPT__SEED.json.
-`python benchmark/plot.py` makes the figures and tables from the summaries.
+Finished runs are skipped and interrupted ones resumed, so the command can be repeated. A run is
+written to runs/STUDY__ENV__SCRIPT__SEED/ like any other; its summary to
+benchmark/results/STUDY/ENV__SCRIPT__SEED.json. `python benchmark/plot.py` makes the figures and
+tables from the summaries.
 """
 
 import csv
@@ -36,7 +37,9 @@ MUJOCO_TASKS = "HalfCheetah Hopper Walker2d Swimmer InvertedDoublePendulum Ant H
 SEEDS = {"HalfCheetah": 10}  # instead of 5: some seeds end twice as high as others
 
 # [PPO] Table 1: its seven tasks, and its eleven objectives, the most telling ones first
-PAPER_TASKS = "HalfCheetah Hopper InvertedDoublePendulum InvertedPendulum Reacher Swimmer Walker2d".split()
+PAPER_TASKS = (
+    "HalfCheetah Hopper InvertedDoublePendulum InvertedPendulum Reacher Swimmer Walker2d".split()
+)
 PAPER_OBJECTIVES = {
     "none": "ppo_kl_penalty.py --kl-mode fixed --kl-coef 0",
     "clip-0.2": "ppo_continuous.py --clip-coef 0.2",
@@ -53,7 +56,7 @@ PAPER_OBJECTIVES = {
 UNCLIPPED_TASKS = ("unclipped:UnclippedHalfCheetah", "unclipped:UnclippedReacher")
 
 
-def paper_study(objective: str, flags: str, seeds: int, tasks=PAPER_TASKS) -> list[tuple[str, str, int, str]]:
+def paper_study(objective: str, flags: str, seeds: int, tasks=PAPER_TASKS) -> list[tuple]:
     """The paper's hyper-parameters, where they are not the defaults, on its tasks."""
     script, _, chosen = objective.partition(" ")
     flags = f"{chosen} --num-envs 1 --num-steps 2048 {flags}".strip()
@@ -66,10 +69,12 @@ CLEANRL_SCRIPT = "cleanrl/ppo_continuous_action.py"
 PENDULUM_RECIPE = "--total-timesteps 200000 --gamma 0.95 --learning-rate 1e-3 --no-clip-vloss"
 PONG_RECIPE = "--num-envs 16 --learning-rate 5e-4 --num-minibatches 16 --no-clip-vloss"
 
-# study: (script, environment, number of seeds, flags, and processes of torchrun where there are several)
+# study: (script, environment, number of seeds, flags, and processes of torchrun if several)
 STUDIES = (
     {
-        "mujoco": [("ppo_continuous.py", f"{task}-v5", SEEDS.get(task, 5), "") for task in MUJOCO_TASKS]
+        "mujoco": [
+            ("ppo_continuous.py", f"{task}-v5", SEEDS.get(task, 5), "") for task in MUJOCO_TASKS
+        ]
         + [("ppo_kl_penalty.py", "Hopper-v5", 3, "--total-timesteps 1000000")],
         "cleanrl": [  # cannot resume; beside `mujoco`
             (CLEANRL_SCRIPT, f"{task}-v4", 5, "--total-timesteps 1000000 --no-cuda")
@@ -85,7 +90,9 @@ STUDIES = (
             ("ppo_continuous.py", f"{task}-v5", SEEDS.get(task, 5), "--no-compile")
             for task in ("HalfCheetah", "Hopper")
         ],
-        "atari": [("ppo_atari.py", f"{game}NoFrameskip-v4", 3, "") for game in ("Breakout", "Pong")],
+        "atari": [
+            ("ppo_atari.py", f"{game}NoFrameskip-v4", 3, "") for game in ("Breakout", "Pong")
+        ],
     }
     | {
         f"pong/{name}": [
@@ -117,7 +124,9 @@ STUDIES = (
         for processes in (1, 2)
     }
     | {
-        "paper/random": paper_study("ppo_continuous.py", "--total-timesteps 50000 --learning-rate 0", 1),
+        "paper/random": paper_study(
+            "ppo_continuous.py", "--total-timesteps 50000 --learning-rate 0", 1
+        ),
     }
     | {
         f"paper/{name}": paper_study(objective, "--total-timesteps 1000000 --no-anneal-lr", 3)
@@ -178,8 +187,12 @@ def execute(run: Run, threads: int, baseline: str, cleanrl: Path) -> None:
     if run.script == CLEANRL_SCRIPT:
         shutil.rmtree(run_dir, ignore_errors=True)
         run_dir.mkdir(parents=True)
-        about = describe_cleanrl(run, threads, baseline, cleanrl)
-        launcher, folder, words = [baseline], run_dir, [cleanrl / run.script, *shlex.split(arguments)[1:]]
+        about = describe_cleanrl(run, baseline, cleanrl)
+        launcher, folder, words = (
+            [baseline],
+            run_dir,
+            [cleanrl / run.script, *shlex.split(arguments)[1:]],
+        )
     surroundings = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     surroundings["PYTHONPATH"] = str(ROOT / "benchmark")  # of unclipped.py
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -187,7 +200,9 @@ def execute(run: Run, threads: int, baseline: str, cleanrl: Path) -> None:
         if STOPPING.is_set():
             return
         print(command, flush=True)
-        process = subprocess.Popen([*launcher, *words], cwd=folder, env=os.environ | surroundings, **pipes)
+        process = subprocess.Popen(
+            [*launcher, *words], cwd=folder, env=os.environ | surroundings, **pipes
+        )
         RUNNING.add(process)
     _, errors = process.communicate()
     RUNNING.discard(process)
@@ -196,9 +211,15 @@ def execute(run: Run, threads: int, baseline: str, cleanrl: Path) -> None:
     if run.script == CLEANRL_SCRIPT:
         summary = summarize(command, episodes_in_tensorboard(run_dir), about)
     else:
-        about = json.loads((run_dir / "args.json").read_text())
+        about = {"script": run.script, "processes": run.processes}
+        about |= json.loads((run_dir / "args.json").read_text())
         summary = summarize(command, episodes_in_csv(run_dir), about)
-    summary["processor"] = speed.processor()
+    write(run, summary, threads)
+
+
+def write(run: Run, summary: dict, threads: int) -> None:
+    machine = f"{platform.platform()}, {os.cpu_count()} cores, {threads} threads"
+    summary |= {"machine": machine, "processor": speed.processor()}
     run.result.parent.mkdir(parents=True, exist_ok=True)
     part = run.result.with_suffix(".tmp")  # a full disk leaves no half of a summary
     part.write_text(json.dumps(summary) + "\n")
@@ -206,20 +227,22 @@ def execute(run: Run, threads: int, baseline: str, cleanrl: Path) -> None:
     print(f"{run.result.relative_to(ROOT)} written", flush=True)
 
 
-def episodes_in_csv(run_dir: Path) -> list[tuple[int, float, float]]:  # (global_step, wall_time, return)
+def episodes_in_csv(run_dir: Path) -> list[tuple[int, float, float]]:
+    """(global_step, wall_time, return), the time in seconds since 1970."""
     with open(run_dir / "episodes.csv") as file:
         rows = list(csv.DictReader(file))
-    return [(int(row["global_step"]), float(row["wall_time"]), float(row["return"])) for row in rows]
+    return [
+        (int(row["global_step"]), float(row["wall_time"]), float(row["return"])) for row in rows
+    ]
 
 
 def episodes_in_tensorboard(folder: Path) -> list[tuple[int, float, float]]:
     (events,) = folder.glob("runs/*/events.out.tfevents.*")
     reader = EventAccumulator(str(events), {"scalars": 0}).Reload()
-    start = reader.FirstEventTimestamp()
-    return [(x.step, x.wall_time - start, x.value) for x in reader.Scalars("charts/episodic_return")]
+    return [(x.step, x.wall_time, x.value) for x in reader.Scalars("charts/episodic_return")]
 
 
-def describe_cleanrl(run: Run, threads: int, baseline: str, cleanrl: Path) -> dict[str, object]:
+def describe_cleanrl(run: Run, baseline: str, cleanrl: Path) -> dict[str, object]:
     """What our scripts write to args.json."""
     packages = ("torch", "gymnasium", "mujoco", "numpy")
     code = f"from importlib.metadata import version; print(*map(version, {packages}))"
@@ -230,13 +253,12 @@ def describe_cleanrl(run: Run, threads: int, baseline: str, cleanrl: Path) -> di
         "script": "CleanRL",
         "args": {"env_id": run.env_id, "seed": run.seed, "total_timesteps": int(steps[1])},
         "versions": dict(zip(packages, versions, strict=True)),
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores, {threads} threads",
-        "git_commit": commit,
+        "git": commit,
     }
 
 
 def stop(number: int, _) -> None:
-    """Ends the runs as well: all but those of CleanRL save themselves, and go on when started again."""
+    """Ends the runs as well: all but CleanRL's save themselves, and go on when started again."""
     STOPPING.set()
     with STARTING:
         for process in [*RUNNING]:
@@ -244,8 +266,13 @@ def stop(number: int, _) -> None:
     sys.exit(128 + number)
 
 
-def summarize(command: str, episodes: list[tuple[int, float, float]], about: dict, points: int = 100) -> dict:
-    """The run in short: how it was made, its last 100 episodes, and `points` points of its learning curve."""
+def summarize(
+    command: str, episodes: list[tuple[int, float, float]], about: dict, points: int = 100
+) -> dict:
+    """The run in short: how it was made, its last 100 episodes, and `points` of its learning curve.
+
+    `wall_time` is from the end of the first episode to that of the last one, pauses included.
+    """
     steps, times, returns = zip(*episodes, strict=True)
     curve = []
     for i in range(0, len(episodes), max(1, len(episodes) // points)):
@@ -256,7 +283,7 @@ def summarize(command: str, episodes: list[tuple[int, float, float]], about: dic
         "final_mean_return": round(sum(returns[-100:]) / len(returns[-100:]), 2),
         "episodes": len(episodes),
         "global_step": steps[-1],
-        "wall_time": round(times[-1], 2),
+        "wall_time": round(times[-1] - times[0], 2),
         **about,
         "curve_columns": ["global_step", "mean return of the last 100 episodes"],
         "curve": curve,
@@ -279,12 +306,12 @@ def main(
     """Train every run of some studies that has no result yet.
 
     Args:
-        studies: their names; paper, the paper's Table 1; all; or speed, steps per second beside CleanRL's.
+        studies: their names; paper, the paper's Table 1; all; or speed, beside CleanRL's.
         workers: runs at a time.
         threads: of each run; ppo_atari.py alone uses more than one.
         seeds: at most so many of each, where time does not suffice for all.
         rounds: of the speed measurement, each with one run of every side.
-        baseline: Python interpreter for CleanRL, with the packages that it needs; of `speed` and `cleanrl`.
+        baseline: Python interpreter for CleanRL, with its packages; of `speed` and `cleanrl`.
         cleanrl: a checkout of CleanRL.
         sb3: Python interpreter for Stable-Baselines3; without, it is left out.
         lean: Python interpreter for LeanRL; without, it is left out.
@@ -293,7 +320,9 @@ def main(
     if studies == ("speed",):
         checkouts = {"cleanrl": str(Path(cleanrl).resolve()), "leanrl": str(Path(leanrl).resolve())}
         interpreters = {"baseline": baseline, "sb3": sb3, "lean": lean}
-        return speed.main(rounds, checkouts, {name: path for name, path in interpreters.items() if path})
+        return speed.main(
+            rounds, checkouts, {name: path for name, path in interpreters.items() if path}
+        )
     families = {name: {name, name.partition("/")[0], "all"} for name in STUDIES}
     unknown = set(studies) - set().union(*families.values())
     if unknown or not studies:
@@ -308,7 +337,9 @@ def main(
     ]
     runs.sort(key=lambda run: run.seed)  # stopped early, every study has some of its seeds
     with ThreadPoolExecutor(workers) as pool:
-        results = pool.map(lambda run: attempt(run, threads, baseline, Path(cleanrl).resolve()), runs)
+        results = pool.map(
+            lambda run: attempt(run, threads, baseline, Path(cleanrl).resolve()), runs
+        )
         failures = [failure for failure in results if failure]
     if failures:
         sys.exit("\n".join(["these runs failed:", *failures]))

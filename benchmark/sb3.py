@@ -1,9 +1,9 @@
-"""Stable-Baselines3's PPO with the hyper-parameters of CleanRL's scripts, as a baseline of `run.py speed`.
+"""Stable-Baselines3's PPO with the hyper-parameters of CleanRL's, as a baseline of `run.py speed`.
 
     python benchmark/sb3.py HalfCheetah-v5 14336
 
-Needs stable-baselines3, gymnasium[mujoco], ale-py, opencv-python and tensorboard; writes TensorBoard files
-below runs/.
+Needs stable-baselines3, gymnasium[mujoco], ale-py, opencv-python and tensorboard; writes
+TensorBoard files below runs/.
 """
 
 import sys
@@ -17,7 +17,13 @@ from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
 
 def main(env_id: str, total_timesteps: int) -> None:
-    shared = {"gae_lambda": 0.95, "gamma": 0.99, "max_grad_norm": 0.5, "vf_coef": 0.5, "device": "cpu"}
+    shared = {
+        "gae_lambda": 0.95,
+        "gamma": 0.99,
+        "max_grad_norm": 0.5,
+        "vf_coef": 0.5,
+        "device": "cpu",
+    }
     shared |= {"tensorboard_log": "runs", "verbose": 0}
     if "NoFrameskip" in env_id:
         gym.register_envs(ale_py)

@@ -1,12 +1,13 @@
-"""How training scales over the processes of torchrun: a model from measured parts, and runs to check it.
+"""How training scales over processes of torchrun: a model from measured parts, runs to check it.
 
     python benchmark/scaling.py
 
-An iteration of W processes takes as long as one process with 1/W of the environments, which is run here
-alone, plus E·K all-reduces of the gradient (E epochs of K minibatches). These are measured between processes
-of this machine: a latency per hop of the ring and a rate. What W processes really take is measured for as
-many as there are cores. Medians over iterations, the first ones left out. An idle machine is needed.
-The last column of the table is for W times the environments, so that each process has as many as one had.
+An iteration of W processes takes as long as one process with 1/W of the environments, which is run
+here alone, plus E·K all-reduces of the gradient (E epochs of K minibatches). These are measured
+between processes of this machine: a latency per hop of the ring and a rate. What W processes really
+take is measured for as many as there are cores. Medians over iterations, the first ones left out.
+An idle machine is needed. The last column of the table is for W times the environments, so that
+each process has as many as one had.
 """
 
 import itertools
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import distributed, multiprocessing
 
@@ -53,13 +55,15 @@ def iteration_seconds(command: str, ranks: int, num_envs: int, num_steps: int) -
             stdout=subprocess.DEVNULL,
         )
         (events,) = Path(folder).glob("runs/*/events.out.tfevents.*")
-        points = EventAccumulator(str(events)).Reload().Scalars("charts/SPS")[BURN_IN - 1 :]
+        points = EventAccumulator(str(events)).Reload().Scalars("losses/policy_loss")[BURN_IN - 1 :]
     return statistics.median(b.wall_time - a.wall_time for a, b in itertools.pairwise(points))
 
 
 def time_all_reduce(rank: int, ranks: int, port: int, sizes: list[int], path: str) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks
+    )
     medians = []
     for size in sizes:
         vector, seconds = torch.zeros(size), []
@@ -81,8 +85,10 @@ def all_reduce_seconds(sizes: list[int], ranks: int = 2) -> list[float]:
         return json.loads(Path(path).read_text())
 
 
-def predict(alone: float, ranks: int, reductions: int, parameters: int, latency: float, rate: float) -> float:
-    """Seconds of an iteration; the ring of W processes takes 2·(W - 1) hops with 1/W of the vector each."""
+def predict(
+    alone: float, ranks: int, reductions: int, parameters: int, latency: float, rate: float
+) -> float:
+    """Seconds of an iteration; a ring of W processes takes 2·(W - 1) hops, 1/W of the vector each."""
     hops = 2 * (ranks - 1)
     return alone + reductions * hops * (latency + 4 * parameters / ranks / rate)
 
@@ -90,7 +96,9 @@ def predict(alone: float, ranks: int, reductions: int, parameters: int, latency:
 def measure() -> dict:
     sizes = [parameters for *_, parameters in TASKS.values()]
     small, large = all_reduce_seconds(sizes)  # two processes: 2 hops
-    rate = (4 * sizes[1] - 4 * sizes[0]) / (large - small)  # bytes per second: half the vector, twice
+    rate = (4 * sizes[1] - 4 * sizes[0]) / (
+        large - small
+    )  # bytes per second: half the vector, twice
     latency = small / 2 - 2 * sizes[0] / rate
     report = {
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
@@ -115,22 +123,26 @@ def measure() -> dict:
 
 
 def tabulate(report: dict) -> str:
-    rows = [
-        "| task | processes | compute, ms | predicted, ms | measured, ms | speed-up | more environments |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    titles = ("task", "processes", "compute, ms", "predicted, ms", "measured, ms", "speed-up")
+    rows = [f"| {' | '.join(titles)} | more environments |", "|---" * 7 + "|"]
     for name, lines in report["tasks"].items():
         one = lines[next(iter(lines))]["alone"]
         for ranks, row in lines.items():
             times = [
-                f"{1e3 * row[key]:.0f}" if key in row else "" for key in ("alone", "predicted", "measured")
+                f"{1e3 * row[key]:.0f}" if key in row else ""
+                for key in ("alone", "predicted", "measured")
             ]
             sending = row["predicted"] - row["alone"]
             speedups = one / row["predicted"], int(ranks) * one / (one + sending)
             cells = (name, ranks, *times, *(f"{speedup:.1f}" for speedup in speedups))
             rows.append(f"| {' | '.join(map(str, cells))} |")
-    sizes = ", ".join(f"{int(n):,}: {1e3 * t:.2f} ms" for n, t in report["all_reduce_seconds"].items())
-    return "\n".join([*rows, "", f"All-reduce of float32 between two processes (Gloo): {sizes}."]) + "\n"
+    sizes = ", ".join(
+        f"{int(n):,}: {1e3 * t:.2f} ms" for n, t in report["all_reduce_seconds"].items()
+    )
+    return (
+        "\n".join([*rows, "", f"All-reduce of float32 between two processes (Gloo): {sizes}."])
+        + "\n"
+    )
 
 
 def main() -> None:
@@ -144,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

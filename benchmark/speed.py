@@ -1,9 +1,10 @@
 """How fast the scripts train, beside others on the same machine: `python benchmark/run.py speed`.
 
-Every contest runs all sides one after the other, several rounds of that, on an otherwise idle machine.
-Speed is read from TensorBoard: environment steps per second of wall clock, everything included, between the
-end of a burn-in (compiling, warming up) and the end of the run (LeanRL prints that rate instead). Peak memory
-is that of the process. CleanRL is needed; the others are left out where their interpreter is not given.
+Every contest runs all sides one after the other, several rounds of that, on an otherwise idle
+machine. Speed is read from TensorBoard: environment steps per second of wall clock, everything
+included, between the end of a burn-in (compiling, warming up) and the end of the run (LeanRL prints
+that rate instead). Peak memory is that of the process. CleanRL is needed; the others are left out
+where their interpreter is not given.
 """
 
 import itertools
@@ -32,13 +33,13 @@ matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "speed"
 
-# contest: {side: command}; {baseline}, {sb3} and {lean} are interpreters with the packages of CleanRL,
-# Stable-Baselines3 and LeanRL, {cleanrl} and {leanrl} checkouts
+# contest: {side: command}; {baseline}, {sb3} and {lean} are interpreters with the packages of
+# CleanRL, Stable-Baselines3 and LeanRL, {cleanrl} and {leanrl} checkouts
 CONTESTS = {
     "Pong": {
         "ours": "{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 9216",
-        "ours, fp32, eager": "{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 6144"
-        " --precision fp32 --no-compile",
+        "ours, fp32, eager": "{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4"
+        " --total-timesteps 6144 --precision fp32 --no-compile",
         "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_atari.py --env-id PongNoFrameskip-v4"
         " --total-timesteps 5120 --no-cuda",
         "Stable-Baselines3": "{sb3} {root}/benchmark/sb3.py PongNoFrameskip-v4 5120",
@@ -50,19 +51,24 @@ CONTESTS = {
         "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_continuous_action.py --env-id HalfCheetah-v4"
         " --total-timesteps 14336 --no-cuda",
         "Stable-Baselines3": "{sb3} {root}/benchmark/sb3.py HalfCheetah-v5 14336",
-        "LeanRL": "{lean} {leanrl}/leanrl/ppo_continuous_action_torchcompile.py --env-id HalfCheetah-v4"
-        " --total-timesteps 24576 --compile --no-cuda --measure-burnin 4",
+        "LeanRL": "{lean} {leanrl}/leanrl/ppo_continuous_action_torchcompile.py"
+        " --env-id HalfCheetah-v4 --total-timesteps 24576 --compile --no-cuda --measure-burnin 4",
     },
     "Hopper": {
         "ours": "{python} {root}/ppo_continuous.py --env-id Hopper-v5 --total-timesteps 30720",
         "ours, 1 environment": "{python} {root}/ppo_continuous.py --env-id Hopper-v5"
         " --total-timesteps 30720 --num-envs 1 --num-steps 2048",
-        "KL penalty": "{python} {root}/ppo_kl_penalty.py --env-id Hopper-v5 --total-timesteps 30720",
+        "KL penalty": "{python} {root}/ppo_kl_penalty.py --env-id Hopper-v5"
+        " --total-timesteps 30720",
         "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_continuous_action.py --env-id Hopper-v4"
         " --total-timesteps 14336 --no-cuda",
     },
 }
-BASELINES = {"CleanRL": "baseline", "Stable-Baselines3": "sb3", "LeanRL": "lean"}  # side: its interpreter
+BASELINES = {
+    "CleanRL": "baseline",
+    "Stable-Baselines3": "sb3",
+    "LeanRL": "lean",
+}  # side: its interpreter
 SHORT = dict.fromkeys(("python", "baseline", "sb3", "lean"), "python")  # as the report calls them
 SHORT |= {"root": ".", "cleanrl": "cleanrl", "leanrl": "leanrl"}
 BURN_IN = 3  # iterations
@@ -75,10 +81,12 @@ SWEEPS = {
 SWEEP = (1, 4, 8, 16, 64, 256)
 # name: (what simulates that many environments, how many of their steps one call of it takes)
 SIMULATORS: dict[str, Callable[[int], tuple]] = {
-    "HalfCheetah": lambda num_envs: (gym.make("HalfCheetah-v5").unwrapped, 1),  # one after the other
+    "HalfCheetah": lambda num_envs: (
+        gym.make("HalfCheetah-v5").unwrapped,
+        1,
+    ),  # one after the other
     "Pong": lambda num_envs: (AtariVectorEnv("pong", num_envs=num_envs), num_envs),
 }
-PARTS = ("env", "act", "update")
 
 
 @dataclass(frozen=True)
@@ -86,14 +94,17 @@ class Measurement:
     steps_per_second: float
     peak_megabytes: float
     first_iteration: float | None  # seconds from the command to its end
-    parts: tuple[float, ...]  # microseconds per step in PARTS; empty for the baselines
 
 
 def measure(command: str, folder: Path, environment: dict[str, str]) -> Measurement:
     """Runs a command in an empty folder and reads what it wrote below runs/."""
     start = time.time()
     process = subprocess.Popen(
-        shlex.split(command), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        shlex.split(command),
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     output = process.stdout.read().decode(errors="replace")
     _, status, usage = os.wait4(process.pid, 0)
@@ -101,16 +112,14 @@ def measure(command: str, folder: Path, environment: dict[str, str]) -> Measurem
     if process.returncode:
         raise RuntimeError(f"{command}\n{output[-2000:]}")
     if rates := re.findall(r"speed: *([\d.]+) sps", output):
-        return Measurement(float(rates[-1]), usage.ru_maxrss / 1024, None, ())
+        return Measurement(float(rates[-1]), usage.ru_maxrss / 1024, None)
     (events,) = folder.glob("runs/*/events.out.tfevents.*")
     reader = EventAccumulator(str(events)).Reload()
-    rate_tag = "charts/SPS" if "charts/SPS" in reader.Tags()["scalars"] else "time/fps"
-    points = reader.Scalars(rate_tag)
+    ours = "losses/policy_loss" in reader.Tags()["scalars"]  # and CleanRL's: once per iteration
+    points = reader.Scalars("losses/policy_loss" if ours else "time/fps")
     first, *_, last = points[BURN_IN - 1 :]
     rate = (last.step - first.step) / (last.wall_time - first.wall_time)
-    tags = [f"time/{part}" for part in PARTS if f"time/{part}" in reader.Tags()["scalars"]]
-    parts = [statistics.median(point.value for point in reader.Scalars(tag)[BURN_IN:]) for tag in tags]
-    return Measurement(rate, usage.ru_maxrss / 1024, points[0].wall_time - start, tuple(parts))
+    return Measurement(rate, usage.ru_maxrss / 1024, points[0].wall_time - start)
 
 
 def processor() -> str:
@@ -133,20 +142,20 @@ def run(command: str, words: dict, environment: dict[str, str]) -> Measurement:
 
 
 def sweep(words: dict, environment: dict[str, str]) -> dict[str, dict[int, dict[str, float]]]:
-    """Where the time of a step goes, for several numbers of environments and the same size of batch."""
+    """Steps per second with several numbers of environments and the same size of batch."""
     rows = {}
     for name, (command, batch_size) in SWEEPS.items():
         for num_envs in SWEEP:
             sizes = f" --num-envs {num_envs} --num-steps {batch_size // num_envs}"
             one = run(f"{command}{sizes} --total-timesteps {8 * batch_size}", words, environment)
-            parts = {part: round(value, 1) for part, value in zip(PARTS, one.parts, strict=True)}
-            rows.setdefault(name, {})[num_envs] = {"steps_per_second": round(one.steps_per_second), **parts}
+            row = {"steps_per_second": round(one.steps_per_second)}
+            rows.setdefault(name, {})[num_envs] = row
             print(name, num_envs, rows[name][num_envs], flush=True)
     return rows
 
 
 def simulators_alone(seconds: float) -> dict[str, dict[int, float]]:
-    """Microseconds per environment step with random actions and nothing else: what no script can undercut."""
+    """Microseconds per step with random actions and nothing else: no script can undercut them."""
     rows = {}
     for name, num_envs in itertools.product(SIMULATORS, SWEEP):
         env, steps_per_call = SIMULATORS[name](num_envs)
@@ -164,17 +173,25 @@ def simulators_alone(seconds: float) -> dict[str, dict[int, float]]:
     return rows
 
 
-def first_iterations(rounds: int, words: dict, environment: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Median seconds from the command to the first iteration's end, with PyTorch's caches empty and warm."""
+def first_iterations(
+    rounds: int, words: dict, environment: dict[str, str]
+) -> dict[str, dict[str, float]]:
+    """Median seconds from the command to the first iteration's end, caches empty and warm."""
     rows = {}
     for name in SWEEPS:
         seconds = {"empty": [], "warm": []}
         for _ in range(rounds):
             with tempfile.TemporaryDirectory() as cache:
                 for state in seconds:
-                    one = run(CONTESTS[name]["ours"], words, environment | {"TORCHINDUCTOR_CACHE_DIR": cache})
+                    one = run(
+                        CONTESTS[name]["ours"],
+                        words,
+                        environment | {"TORCHINDUCTOR_CACHE_DIR": cache},
+                    )
                     seconds[state].append(one.first_iteration)
-        rows[name] = {state: round(statistics.median(values), 1) for state, values in seconds.items()}
+        rows[name] = {
+            state: round(statistics.median(values), 1) for state, values in seconds.items()
+        }
         print(name, "first iteration, seconds:", rows[name], flush=True)
     return rows
 
@@ -186,7 +203,7 @@ def ratio(sides: dict, side: str) -> float:
 
 
 def summarize(report: dict) -> list[str]:
-    """README's table: medians of steps per second, and ratios to CleanRL."""
+    """The table of docs/: medians of steps per second, and ratios to CleanRL."""
     contests = report["contests"]
     rows = [f"| | {' | '.join(contests)} |", "|---" * (1 + len(contests)) + "|"]
     names = dict.fromkeys(side for sides in contests.values() for side in sides)
@@ -203,25 +220,39 @@ def summarize(report: dict) -> list[str]:
 
 def tabulate(report: dict) -> str:
     rows = [report["machine"], ""]
-    rows.append("| contest | side | steps/s: median (all) | ratio to CleanRL: median | peak memory, MB |")
+    rows.append(
+        "| contest | side | steps/s: median (all) | ratio to CleanRL: median | peak memory, MB |"
+    )
     rows.append("|---|---|---|---|---|")
     for contest, sides in report["contests"].items():
         for side, one in sides.items():
             rates = one["steps_per_second"]
             speed = f"{statistics.median(rates):.0f} ({', '.join(f'{rate:.0f}' for rate in rates)})"
-            cells = (contest, side, speed, f"{ratio(sides, side):.2f}", str(max(one["peak_megabytes"])))
+            cells = (
+                contest,
+                side,
+                speed,
+                f"{ratio(sides, side):.2f}",
+                str(max(one["peak_megabytes"])),
+            )
             rows.append(f"| {' | '.join(cells)} |")
     rows += [
         "",
-        "| environment | N | steps/s | simulator, acting, update: µs per step | simulator alone |",
+        "| environment | N | steps/s | µs per step, and of what | simulator alone |",
         "|---|---|---|---|---|",
     ]
     for name, numbers in report.get("sweep", {}).items():
         for num_envs, row in numbers.items():
-            split = ", ".join(f"{row[part]:.0f}" for part in PARTS)
+            parts = [f"{part} {row[part]:.0f}" for part in row.keys() - {"steps_per_second"}]
+            total = ", ".join([f"{1e6 / row['steps_per_second']:.0f}", *sorted(parts)])
             alone = report["simulators_alone"][name][num_envs]
-            rows.append(f"| {name} | {num_envs} | {row['steps_per_second']} | {split} | {alone:.0f} |")
-    rows += ["", "| first iteration, s after the command | compiler's cache empty | warm |", "|---|---|---|"]
+            rate = row["steps_per_second"]
+            rows.append(f"| {name} | {num_envs} | {rate} | {total} | {alone:.0f} |")
+    rows += [
+        "",
+        "| first iteration, s after the command | compiler's cache empty | warm |",
+        "|---|---|---|",
+    ]
     for name, seconds in report.get("first_iteration", {}).items():
         rows.append(f"| {name} | {seconds['empty']} | {seconds['warm']} |")
     return "\n".join(rows) + "\n"
@@ -248,7 +279,11 @@ def plot(report: dict) -> None:
 def main(rounds: int, checkouts: dict[str, str], interpreters: dict[str, str]) -> None:
     """Contests that speed.json holds already are left out; delete it to measure anew."""
     paths = os.pathsep.join(checkouts.values())
-    environment = os.environ | {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", "WANDB_MODE": "disabled"}
+    environment = os.environ | {
+        "PYTHONPATH": paths,
+        "PYTHONWARNINGS": "ignore",
+        "WANDB_MODE": "disabled",
+    }
     words = {"python": sys.executable, "root": ROOT} | checkouts | interpreters
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "speed.json"
@@ -258,11 +293,17 @@ def main(rounds: int, checkouts: dict[str, str], interpreters: dict[str, str]) -
     report = json.loads(path.read_text()) if path.exists() else about | {"contests": {}}
     for name, value in about.items():
         if report[name] != value:
-            sys.exit(f"{path} is of another {name} ({report[name]}): move it away to measure this one")
+            sys.exit(
+                f"{path} is of another {name} ({report[name]}): move it away to measure this one"
+            )
     for contest, sides in CONTESTS.items():
         if contest in report["contests"]:
             continue
-        sides = {side: command for side, command in sides.items() if BASELINES.get(side, "python") in words}
+        sides = {
+            side: command
+            for side, command in sides.items()
+            if BASELINES.get(side, "python") in words
+        }
         measured = {side: [] for side in sides}
         for _, (side, command) in itertools.product(range(rounds), sides.items()):
             one = run(command, words, environment)

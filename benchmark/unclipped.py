@@ -1,4 +1,4 @@
-"""MuJoCo tasks that take actions of any size and charge for them as they are, as in the time of the paper.
+"""MuJoCo tasks that take actions of any size and charge for them as they are, as in [PPO]'s time.
 
     PYTHONPATH=benchmark python ppo_kl_penalty.py --env-id unclipped:UnclippedHalfCheetah-v5
 

@@ -1,131 +1,182 @@
-"""Small agents and rollouts made by hand: all that the learner sees of an environment, without one."""
+"""Short environments and runs for the tests of what is around the learning."""
 
-import copy
-from functools import cache
-from types import ModuleType
-from typing import NamedTuple
+import os
+import signal
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
-import torch
-from gymnasium.spaces import Box, Discrete
-from torch import Tensor
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_atari
 import ppo_continuous
 import ppo_kl_penalty
 
 SCRIPTS = [ppo_atari, ppo_continuous, ppo_kl_penalty]
-CLIPPED_SCRIPTS = [ppo_atari, ppo_continuous]
+VECTOR_SCRIPTS = [ppo_continuous, ppo_kl_penalty]
 
 
-class Case(NamedTuple):
-    """A script on one kind of observations and actions."""
-
-    name: str
-    script: ModuleType
-    observation_space: Box
-    action_space: Box | Discrete
-
-
-PICTURES = Box(0, 255, (4, 84, 84), np.uint8)
-VECTORS = Box(-np.inf, np.inf, (3,), np.float32)
-CONTROLS = Box(-1.0, 1.0, (2,), np.float32)
-ATARI = Case("atari", ppo_atari, PICTURES, Discrete(4))
-CONTINUOUS = Case("continuous", ppo_continuous, VECTORS, CONTROLS)
-KL_BOX = Case("kl-box", ppo_kl_penalty, VECTORS, CONTROLS)
-KL_DISCRETE = Case("kl-discrete", ppo_kl_penalty, VECTORS, Discrete(4))
-CASES = [ATARI, CONTINUOUS, KL_BOX, KL_DISCRETE]
-KL_CASES = [KL_BOX, KL_DISCRETE]
-GAUSSIAN_CASES = [CONTINUOUS, KL_BOX]
-MLP_CASES = [CONTINUOUS, KL_BOX, KL_DISCRETE]
-
-
-def over_scripts(scripts: list[ModuleType]):
+def over_scripts(scripts):
     return pytest.mark.parametrize("script", scripts, ids=lambda script: script.__name__)
 
 
-def over_cases(cases: list[Case]):
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+class Walk(gym.Env):
+    """Episodes of 3 to 7 steps; observations far from 0, rewards far from 1, both random."""
+
+    metadata = {"render_modes": ["human", "rgb_array"], "render_fps": 30}  # noqa: RUF012
+    steps, episodes = [], []  # (obs, action) and (return, length) of all in this process
+    longer, hook = 0, None  # to be changed in a test
+
+    def __init__(self, action_space, size=3, render_mode=None):
+        self.observation_space, self.render_mode = Box(-100, 100, (size,)), render_mode
+        self.action_space = action_space
+
+    def obs(self):
+        self.now = self.np_random.normal(5.0, 2.0, self.observation_space.shape)
+        return self.now.astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left, self.total, self.length = self.np_random.integers(3, 8), 0.0, 0
+        return self.obs(), {}
+
+    def step(self, action):
+        if self.hook:
+            self.hook()
+        Walk.steps.append((self.now, np.array(action)))
+        reward = 100.0 * self.np_random.normal() + np.sum(action)
+        self.total, self.length, self.left = self.total + reward, self.length + 1, self.left - 1
+        done = bool(self.left + self.longer <= 0)
+        if done:
+            Walk.episodes.append((self.total, self.length))
+        return self.obs(), reward, done, False, {}
+
+    def render(self):
+        return np.full((32, 32, 3), 10 * self.length, np.uint8)
 
 
-def make_args(script: ModuleType, **changes):
-    """8 steps of 2 environments: 16 transitions in 4 minibatches of 4."""
-    small = {"num_envs": 2, "num_steps": 8, "num_minibatches": 4, "update_epochs": 2, "total_timesteps": 64}
-    return script.Args(**small | {"device": "cpu"} | changes)
+gym.register("Walk-v0", Walk, kwargs={"action_space": Box(-1.0, 1.0, (2,))})
+gym.register("Wide-v0", Walk, kwargs={"action_space": Box(-1.0, 1.0, (2,)), "size": 4})
+gym.register("Pick-v0", Walk, kwargs={"action_space": Discrete(4)})
+gym.register("Multi-v0", Walk, kwargs={"action_space": MultiDiscrete([2, 3])})
+gym.register("Short-v0", "ale_py.env:AtariEnv", kwargs={"game": "pong"}, max_episode_steps=6)
+gym.register("Full-v0", "ale_py.env:AtariEnv", kwargs={"game": "pong", "full_action_space": True})
+ENVS = {ppo_atari: "Short-v0", ppo_continuous: "Walk-v0", ppo_kl_penalty: "Pick-v0"}
 
 
-def make_agent(case: Case, seed: int = 0):
-    """An agent whose policy clearly depends on the state, unlike that of a fresh one."""
-    agent = copy.deepcopy(first_agent(case.name, seed))
-    torch.manual_seed(seed)
-    return agent
+def tiny(script, iterations=4, **changes):
+    """Iterations of 16 steps, each of 2 epochs of 2 minibatches."""
+    sizes = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "update_epochs": 2}
+    sizes |= {"total_timesteps": 16 * iterations + 5, "compile": False, "run_name": "run"}
+    return script.Args(**{"env_id": ENVS.get(script), "device": "cpu"} | sizes | changes)
 
 
-@cache  # the orthogonal matrices of the convolutional network take longer than a test
-def first_agent(name: str, seed: int):
-    (case,) = (case for case in CASES if case.name == name)
-    torch.manual_seed(seed)
-    agent = case.script.Agent(case.observation_space, case.action_space)
-    last_layer = agent.actor if case is ATARI else agent.actor[-1]
-    last_layer.weight.data *= 50.0
-    if case in GAUSSIAN_CASES:
-        agent.log_std.data.copy_(torch.tensor([-0.7, 0.4]))
-    return agent
+def options(args):
+    """What to type for these arguments."""
+    typed, usual = [], asdict(type(args)())
+    for name, value in asdict(args).items():
+        if isinstance(value, bool) and value != usual[name]:
+            typed.append(f"--{'' if value else 'no-'}{name}".replace("_", "-"))
+        elif value != usual[name]:
+            typed += [f"--{name}".replace("_", "-"), str(value)]
+    return typed
 
 
-def random_obs(case: Case, *leading: int) -> Tensor:
-    """Vectors far from mean 0 and deviation 1, so that normalising them matters."""
-    shape = (*leading, *case.observation_space.shape)
-    if case is ATARI:
-        return torch.randint(256, shape, dtype=torch.uint8)
-    return torch.randn(shape) * torch.tensor([0.5, 1.0, 3.0]) + torch.tensor([2.0, 0.0, -1.0])
+def scalars(folder):
+    """What TensorBoard shows: {name: [(step, value), ...]}."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    points = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+    return {name: [(x.step, x.value) for x in values] for name, values in points.items()}
 
 
-@torch.no_grad()
-def make_rollout(case: Case, agent, args, seed: int = 0):
-    """Actions of the agent itself in random states, with terminal states and time limits on the way."""
-    torch.manual_seed(seed)
-    steps, envs = args.num_steps, args.num_envs
-    obs = random_obs(case, steps, envs)
-    actions, logprobs, values = [], [], []
-    for t in range(steps):
-        policy, value = agent(obs[t])
-        action = policy.sample()
-        actions.append(action)
-        logprobs.append(policy.log_prob(action))
-        values.append(value)
-    dones = (torch.rand(steps, envs) < 0.3).float()
-    terminations = dones * (torch.rand(steps, envs) < 0.5).float()
-    return case.script.Rollout(
-        obs=obs,
-        actions=torch.stack(actions),
-        logprobs=torch.stack(logprobs),
-        rewards=torch.randn(steps, envs),
-        values=torch.stack(values),
-        next_values=torch.randn(steps, envs),
-        terminations=terminations,
-        dones=dones,
-    )
+def rows(folder):
+    """Of episodes.csv: (global_step, wall_time, return, length), all finished ones."""
+    header, *lines = (folder / "episodes.csv").read_text().splitlines()
+    assert header == "global_step,wall_time,return,length"
+    return [tuple(float(x) for x in line.split(",")) for line in lines]
 
 
-class Batch(NamedTuple):
-    """What an objective is a function of, besides the agent; all (M, …)."""
-
-    obs: Tensor
-    actions: Tensor
-    logprobs: Tensor
-    old_values: Tensor
-    advantages: Tensor
-    returns: Tensor
+def next_second():  # TensorBoard reads its files in order of their names: second, process
+    time.sleep(1.0 - time.time() % 1.0)
 
 
-def minibatch_loss(case: Case, agent, batch: Batch, args, old_policy=None, kl_coef: float = 1.0):
-    """The script's own loss of a batch; the KL script wants a policy in place of old values."""
-    if case not in KL_CASES:
-        return case.script.minibatch_loss(agent, list(batch), args)
-    if old_policy is None:
-        with torch.no_grad():
-            old_policy = agent(batch.obs)[0]
-    minibatch = [batch.obs, batch.actions, batch.logprobs, batch.advantages, batch.returns]
-    return case.script.minibatch_loss(agent, minibatch, old_policy, kl_coef, args)
+def start(script, folder, *argv, before=lambda: None):
+    """Runs the script's main() in a fork of this process, as a session of its own; its number."""
+    if child := os.fork():
+        return child
+    status = 99
+    try:
+        os.setsid()
+        os.chdir(folder)
+        file = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.argv = [f"{script.__name__}.py", *argv]
+        before()
+        script.main()
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)  # no end of pytest in the fork
+
+
+def log(folder):  # what it has printed
+    return (folder / "log").read_text() if (folder / "log").exists() else ""
+
+
+def ended(process):
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def wait_for(condition, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@contextmanager
+def after(script, iterations, action):
+    """Calls `action` once that many iterations of a training have ended; gives the Runs."""
+    end_iteration, runs = script.Run.end_iteration, []
+
+    def ends(run, metrics):
+        end_iteration(run, metrics)
+        runs.append(run)
+        if len(runs) == iterations:
+            action()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.Run, "end_iteration", ends)
+        yield runs
+
+
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def slow(script, monkeypatch, seconds):
+    """By a clock of its own an iteration takes so long, but the first one 100 seconds longer."""
+    now, update = [0.0], script.update
+
+    def slow_update(*args):
+        now[0] += seconds + 100.0 * (now[0] == 0.0)
+        return update(*args)
+
+    clock = SimpleNamespace(time=time.time, perf_counter=time.perf_counter)
+    clock.monotonic = lambda: now[0]
+    monkeypatch.setattr(script, "time", clock)
+    monkeypatch.setattr(script, "update", slow_update)

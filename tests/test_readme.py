@@ -1,107 +1,179 @@
-"""What README says: its commands work, its links lead somewhere, its scores are those of the results."""
+"""What README and docs/ say: code runs, commands parse, links lead somewhere, numbers are right."""
 
+import ast
 import json
 import re
 import shlex
-import shutil
-import sys
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
-import test_evaluate
-from fakes import SCRIPTS
+import tyro
+from gymnasium.utils.env_checker import check_env
 
 import ppo_atari
+import ppo_continuous
+import ppo_kl_penalty
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmark"))
-
-import plot  # noqa: E402
-
-README = (ROOT / "README.md").read_text()
-DOCUMENTS = [ROOT / "README.md", ROOT / "benchmark" / "README.md"]
-
-
-def commands() -> list[list[str]]:
-    """Script and arguments of all command lines that start one of the scripts, in order, without torchrun."""
-    blocks = re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
-    starts = [[i for i, word in enumerate(line) if re.fullmatch(r"ppo_\w+\.py", word)] for line in words]
-    return [line[start[0] :] for line, start in zip(words, starts, strict=True) if start]
+RESULTS = ROOT / "benchmark" / "results"
+PATHS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+TEXTS = {path.name: path.read_text("utf8") for path in PATHS}
+README, ALL = TEXTS["README.md"], "\n".join(TEXTS.values())
+SCRIPTS = [ppo_continuous, ppo_kl_penalty, ppo_atari]
+SOURCES = [Path(script.__file__).read_text("utf8") for script in SCRIPTS]
+FIELDS = [{field.name: field.default for field in fields(script.Args)} for script in SCRIPTS]
+CODE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+over_documents = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
 
 
-def shrunk(args):
-    """The same with batches of 16, and 256 steps instead of 1M, unless it goes on with such a run."""
-    sizes = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1, "device": "cpu"}
-    steps = args.total_timesteps if args.total_timesteps <= 512 else args.total_timesteps // 3_900
-    sizes["total_timesteps"] = min(max(16, steps), 512)
-    return replace(args, **sizes)
+def tables(text, first):  # rows, as lists of cells, of the tables whose first column has this title
+    rows = []
+    title = rf"^\| {first} ?\|.*\n\|[-|]+\n((?:\|.*\n)+)"
+    for table in re.findall(title, text, re.MULTILINE):
+        rows += [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+    return rows
 
 
-def test_commands_in_their_order(tmp_path, monkeypatch, capsys):
-    with test_evaluate.at_home(tmp_path) as patch:
-        for script in SCRIPTS:
-            train = script.train
-            patch.setattr(script, "train", lambda args, train=train: train(shrunk(args)))
-        ppo_atari.train(ppo_atari.Args(run_name="pong"))  # as README assumes
-        assert len(commands()) >= 12
-        for name, *argv in commands():
-            (script,) = (script for script in SCRIPTS if Path(script.__file__).name == name)
-            monkeypatch.setattr(sys, "argv", [name, *argv])
-            try:
-                script.main()
-            except SystemExit as stop:
-                pytest.fail(f"{name} {shlex.join(argv)}: status {stop.code}, {capsys.readouterr().err}")
-        assert (tmp_path / "runs" / "hopper" / "checkpoints" / "eval.json").exists()
+def paragraphs(text):  # words of prose: no code, tables, pictures, headings and targets of links
+    text = re.sub(
+        r"^[#|].*$|!\[.*?\]\(.*?\)|<!--.*?-->", "", CODE.sub("", text), flags=re.MULTILINE
+    )
+    parts = re.split(r"\n\s*\n|\n(?=- )", re.sub(r"\]\([^)]*\)", "]", text))
+    return [part.split() for part in parts if part.strip()]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_and_pictures(document):
-    targets = re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text())
-    for target in targets:
-        assert (document.parent / target).exists(), target
-    assert document != ROOT / "README.md" or len(targets) > 5
+def test_readme_takes_two_minutes():
+    lines, words = README.splitlines(), [len(words) for words in paragraphs(README)]
+    assert len(lines) <= 200 and max(map(len, lines)) <= 110
+    assert sum(words) <= 1500 and max(words) <= 60
 
 
-def test_every_metric_is_explained(tmp_path):
-    logged = set()
-    with test_evaluate.at_home(tmp_path) as patch:
-        for script in SCRIPTS:
-            patch.setattr(script.Logger, "log", lambda self, step, scalars: logged.update(scalars))
-            script.train(test_evaluate.small_args(script, run_name=script.__name__))
-    explained = set(re.findall(r"`((?:charts|losses|time)/\w+)`", README))
-    assert explained == logged | {"charts/eval_return"}  # the last one only with --capture-video
+def commands(text):  # script and arguments of each command, in a block or in `…`
+    lines = "".join(code for _, code in CODE.findall(text)).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`([^`\n]+)`", CODE.sub("", text))
+    for line in lines:
+        if start := re.search(r"(?:python|run|^srun.*|^torchrun.*) (ppo_\w+\.py.*)", line):
+            yield shlex.split(start[1], comments=True)
 
 
-def test_tables_are_those_of_the_results(tmp_path):
-    """As benchmark/plot.py makes them."""
-    for study in ("paper", "cleanrl"):
-        shutil.copytree(plot.RESULTS / study, tmp_path / study)
-    measured = json.loads((plot.RESULTS / "speed" / "speed.json").read_text())
-    tables = {"results": plot.results(), "speed": plot.speed.summarize(measured)}
-    tables |= {"objectives": plot.paper(tmp_path / "paper"), "cleanrl": plot.cleanrl(tmp_path / "cleanrl")}
-    for name, table in tables.items():
-        assert len(table) > 3
-        assert plot.fill(README, name, table) == README
-        assert plot.fill(README, name, ["| another |"]) != README
+@over_documents
+def test_commands_parse(path):
+    found = list(commands(TEXTS[path.name]))
+    assert len(found) > 3 or path.name not in ("README.md", "usage.md", "scaling.md")
+    for name, *argv in found:
+        (script,) = (script for script in SCRIPTS if script.__name__ == name.removesuffix(".py"))
+        try:
+            tyro.cli(script.Args, args=argv)
+        except SystemExit as stop:
+            pytest.fail(f"{name} {argv}: status {stop.code}")
 
 
-def test_animations_are_of_the_episodes_that_it_says():
-    reports = sorted((plot.RESULTS / "animations").glob("*.json"))
-    assert [f"{path.stem}.gif" for path in reports] == sorted(re.findall(r"animations/(\w+\.gif)", README))
-    for report in map(json.loads, map(Path.read_text, reports)):
-        (episode,) = report["returns"]
-        steps = f"{report['global_step'] / 1e6:.0f}M steps of `{report['script']}` ({episode:.0f} "
-        assert steps in " ".join(README.split()), steps
+@over_documents
+def test_flags_exist(path):
+    """Every --flag is an argument, but for other programs' and, between marks, those now gone."""
+    known = {name for of_script in FIELDS for name in of_script}
+    known |= set("help logdir nproc_per_node max_restarts nnodes rdzv_id rdzv_backend".split())
+    known |= set(
+        "rdzv_endpoint nodes ntasks_per_node cpus_per_task gpus_per_node time signal".split()
+    )
+    text = re.sub(r"<!-- old -->.*?<!-- end -->", "", TEXTS[path.name], flags=re.DOTALL)
+    for flag in set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)):
+        assert flag.removeprefix("no-").replace("-", "_") in known, flag
 
 
-def test_arguments_exist():
-    """What README calls by name, but for --cuda, which it says is gone, and the options of other programs."""
-    known = {field for script in SCRIPTS for field in script.Args.__dataclass_fields__}
-    others = "cuda help logdir nodes ntasks-per-node cpus-per-task signal".split()
-    others += "nnodes nproc-per-node max-restarts rdzv-id rdzv-backend rdzv-endpoint".split()
-    for flag in set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", README)):
-        name = flag.removeprefix("no-").replace("-", "_")
-        assert name in known or flag in others, flag
+@over_documents
+def test_links_lead_somewhere(path):
+    for target, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)]*)\)", TEXTS[path.name]):
+        other = path.parent / target if target else path
+        assert other.exists()
+        if anchor:
+            titles = re.findall(r"^#+ (.*)", other.read_text("utf8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in slugs, f"{target}#{anchor}"
+
+
+def test_map_of_a_script():
+    """Where the scripts have moved on, what it prints is the table that README should have."""
+    lines = []  # of each script, by name
+    for source in SOURCES:
+        nodes = [node for node in ast.parse(source).body if hasattr(node, "name")]
+        lines.append({node.name: str(node.lineno) for node in nodes})
+    rows, right = tables(README, "section"), []
+    for section, names, *_ in rows:
+        of = [", ".join(x[name] for name in re.findall(r"`(\w+)`", names)) for x in lines]
+        right.append([section, names, *of])
+    assert rows == right and rows, "\n".join(f"| {' | '.join(row)} |" for row in right)
+
+
+def test_functions_that_the_documents_name_exist():
+    names = set(re.findall(r"^ *(?:def|class) (\w+)", "\n".join(SOURCES), re.MULTILINE))
+    named = set(re.findall(r"`(?:\w+\.)?(\w+)\(\)`", TEXTS["details.md"] + TEXTS["metrics.md"]))
+    assert len(named) > 20 and named <= names, named - names
+
+
+def test_every_argument_is_explained_with_its_defaults():
+    rows = {row[0].strip("`-"): row[1:4] for row in tables(TEXTS["hyperparameters.md"], "argument")}
+    assert set(rows) == {name.replace("_", "-") for of_script in FIELDS for name in of_script}
+    for flag, said in rows.items():
+        for value, of_script in zip(said, FIELDS):
+            default = of_script.get(flag.replace("-", "_"), "–")
+            assert default == (value if isinstance(default, str) else ast.literal_eval(value)), flag
+
+
+def test_every_metric_is_explained():
+    metric = r"((?:charts|losses|time)/\w+)"
+    logged = set(re.findall(rf'"{metric}"', "\n".join(SOURCES)))
+    assert len(logged) > 12
+    assert {row[0].strip("`") for row in tables(TEXTS["metrics.md"], "metric")} == logged
+    assert set(re.findall(rf"`{metric}`", ALL)) - {"time/fps"} == logged  # which is SB3's
+
+
+def test_code_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    small = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "total_timesteps": 16}
+    small |= {"device": "cpu", "compile": False}
+    train, Args = ppo_continuous.train, ppo_continuous.Args
+    train(Args(env_id="CartPole-v1", run_name="cartpole", **small))
+    ppo_atari.train(ppo_atari.Args(run_name="pong", **small))
+    monkeypatch.setattr(ppo_continuous, "train", lambda args: 0.0)  # the sweep takes minutes
+    for code in (code for language, code in CODE.findall(ALL) if language == "python"):
+        if "register(" in code:
+            Path("my_envs.py").write_text(code)
+            env = ppo_continuous.make_env("my_envs:Reach-v0")
+            check_env(env.unwrapped, skip_render_check=True)
+            reach = small | {"env_id": "my_envs:Reach-v0", "num_steps": 32, "total_timesteps": 64}
+            assert train(Args(**reach)) < 0.0  # its episodes end after 20 steps
+        else:
+            assert len(code.replace("\n\n", "\n").splitlines()) <= 10
+            exec(code, {})
+
+
+def scores(env_id, script):
+    """Of each study of it, as tables print them: every seed, mean ± sd, number of seeds."""
+    for study in ("mujoco", "classic", "atari", "pong/bf16", "interrupted"):
+        paths = (RESULTS / study).glob(f"{env_id}__{script}__*.json")
+        paths = sorted(paths, key=lambda path: (len(path.name), path))  # seed 10 after 9
+        if paths:
+            x = np.array([json.loads(path.read_text())["final_mean_return"] for path in paths])
+            digits = 0 if abs(x).max() >= 100 else 1
+            spread = f" ± {x.std(ddof=1):.{digits}f}" if len(x) > 1 else ""
+            each = ", ".join(f"{value:.{digits}f}" for value in x)
+            yield each, f"{x.mean():.{digits}f}{spread}", f"({len(x)})"
+
+
+def test_numbers_are_those_of_the_results():
+    short, long = tables(README, "task"), tables(TEXTS["results.md"], "environment")
+    assert len(short) > 5 and len(long) > 10
+    for task, script, _, score, *_ in short:
+        known = list(scores(task.split(",")[0], script.strip("`").removesuffix(".py")))
+        assert score in [f"{mean} {number}" for _, mean, number in known], task
+    for env_id, script, _, _, each, mean, *_ in long:
+        known = scores(env_id, script.strip("`").removesuffix(".py"))
+        assert (each, mean) in [score[:2] for score in known], env_id
+    measured = (RESULTS / "speed" / "table.md").read_text("utf8")
+    for side, *cells in tables(README, "") + tables(TEXTS["speed.md"], ""):
+        for speed in re.findall(r"(\d+) \(", " ".join(cells)):
+            assert f"| {side} | {speed} (" in measured, (side, speed)
