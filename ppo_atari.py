@@ -143,6 +143,7 @@ class Envs:
         options = game_options(args.env_id) | {"num_threads": max(1, min(n, cores))}
         options |= {"autoreset_mode": "SameStep", "life_loss_info": True, "reward_clipping": False}
         self.envs = AtariVectorEnv(num_envs=n, **options)
+        self.close = self.envs.close
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
         seeds = np.random.SeedSequence(seed).generate_state(args.num_envs)[RANK * n :][:n]
@@ -199,6 +200,9 @@ class Agent(nn.Module):
         self.actor = init(nn.Linear(512, int(action_space.n)), gain=0.01)  # nearly uniform at first
         self.critic = init(nn.Linear(512, 1), gain=1.0)
 
+    def value(self, obs):  # (M, *obs) -> V(s) (M,)
+        return self(obs)[1]
+
     def forward(self, obs):  # uint8 (M, *obs) -> π(·|s), V(s) (M,)
         layout = torch.contiguous_format if obs.device.type == "mps" else torch.channels_last
         x = (obs.to(self.dtype) / 255.0).contiguous(memory_format=layout)  # whichever is faster
@@ -207,9 +211,6 @@ class Agent(nn.Module):
             value_hidden = hidden if self.value_network is None else self.value_network(x)
         policy = Categorical(logits=self.actor(hidden.float()))
         return policy, self.critic(value_hidden.float()).squeeze(-1)
-
-    def value(self, obs):  # (M, *obs) -> V(s) (M,)
-        return self(obs)[1]
 
     def noise(
         self, *shape
@@ -348,7 +349,7 @@ def train(args):
     path = checkpoint_path(args)
     checkpoint = load_checkpoint(path) if args.resume and path.exists() else None
     envs = Envs(args, [args.seed, checkpoint["global_step"] if checkpoint else 0])
-    with closing(envs.envs):
+    with closing(envs):
         agent = Agent(envs.observation_space, envs.action_space, args.shared_network, bf16(args))
         agent = agent.to(device)
         optimizer = make_optimizer(agent, args)
@@ -406,8 +407,8 @@ def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside 
     returns, lengths = evaluate(agent, args, videos, name)
     score = f"{np.mean(returns):.2f} ± {np.std(returns):.2f}"
     print(f"{name}: return {score} in {len(returns)} episodes of {args.env_id}")
-    report = {"args": asdict(args), "returns": returns, "lengths": lengths}
-    path.with_name("eval.json").write_text(json.dumps(report, indent=2))
+    score = {"args": asdict(args), "returns": returns, "lengths": lengths}
+    path.with_name("eval.json").write_text(json.dumps(score, indent=2))
 
 
 # ---- checkpoints, log, signals -------------------------------------------------------------------
@@ -466,9 +467,8 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             return
         with refusing(f"{self.folder} (--resume goes on with a run)", OSError):
             self.path.parent.mkdir(parents=True, exist_ok=args.resume)
-            commit = os.popen(f"git describe --always --dirty 2>{os.devnull}").read().strip()
-            versions = f"torch {torch.__version__}, gymnasium {gym.__version__}"
-            about = {"args": asdict(args), "versions": versions, "git": commit}
+            about = {"args": asdict(args), "torch": torch.__version__}
+            about["git"] = os.popen(f"git describe --always --dirty 2>{os.devnull}").read()
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
         self.writer = SummaryWriter(str(self.folder), purge_step=envs.global_step + 1)
         self.csv = open(self.folder / "episodes.csv", "a", buffering=1)  # line by line
@@ -487,7 +487,6 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             options |= {"id": self.state["wandb_id"], "name": self.folder.name}
             options |= {"dir": self.folder, "resume": "allow", "config": asdict(self.args)}
             self.wandb = wandb.init(**options, mode=None if logged_in else "offline")
-            self.wandb.define_metric("*", step_metric="global_step")
 
     def goes_on(self):
         target, full = self.args.target_return, len(self.state["returns"]) == 100
@@ -518,9 +517,9 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.save()
 
     def note_signal(self, number, _):  # the first ends the run after an iteration, a second at once
-        if self.signals and time.monotonic() > self.signals[1] + 1.0:  # GNU timeout sends it twice
+        if self.signals:
             raise KeyboardInterrupt(number)
-        self.signals = self.signals or [number, time.monotonic()]
+        self.signals.append(number)
 
     def log(self, step, scalars, csv_row=""):
         if RANK == 0:
@@ -562,10 +561,10 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.csv.close()
             self.writer.close()
         if self.wandb:
-            self.wandb.finish(bool(sys.exc_info()[0]))
+            self.wandb.finish(int(sys.exc_info()[0] is not None))
 
 
-# ---- speed and torchrun --nproc-per-node=2 ppo_atari.py -------------------------------------
+# ---- speed and torchrun --------------------------------------------------------------------------
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; each has a part of the environments
 RANK = int(os.environ.get("RANK", 0))  # number of this process, from 0 on
 
@@ -631,7 +630,7 @@ def refusing(what, *errors):
 
 
 def say(line, file=None):
-    if RANK == 0 or file:
+    if RANK == 0:
         with suppress(OSError):  # nobody reads any more, as when Ctrl-C has ended tee(1)
             print(" ".join(line.split())[:300], flush=True, file=file)
 
@@ -717,10 +716,8 @@ def main():
             before = replace(load_checkpoint(path)["args"], resume=False, capture_video=False)
             say(f"{path}: arguments as they were, but {' '.join(sys.argv[1:])}")
         args = tyro.cli(Args, default=before)
-        if args.evaluate:
-            return evaluate_checkpoint(args)
         with refusing("the environment ended the process", SystemExit):
-            train(args)
+            evaluate_checkpoint(args) if args.evaluate else train(args)
     except Refusal as refusal:
         say(f"error: {refusal}", file=sys.stderr)
         sys.exit(2)

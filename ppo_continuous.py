@@ -133,7 +133,7 @@ def make_env(env_id, **options):  # to train and to play in
     obs, actions = env.observation_space, env.action_space
     fits = isinstance(actions, Box | Discrete) and getattr(obs, "is_np_flattenable", False)
     wanted = "PPO here takes observations that flatten to a vector, and Box or Discrete actions"
-    require(fits and flatdim(obs) * flatdim(actions) > 0, f"{obs}, {actions}: {wanted}")
+    require(fits and flatdim(obs) * flatdim(actions) > 0, f"{wanted}, not {obs}, {actions}")
     if multiprocessing.current_process().daemon:  # of --async-envs: Ctrl-C is for the main process
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return Vectors(gym.wrappers.PassiveEnvChecker(env))
@@ -143,14 +143,14 @@ def to_space(actions, space):  # (N, *act); only here, so that the learner keeps
     if isinstance(space, Discrete):
         return (actions + space.start).astype(space.dtype)
     actions = actions.reshape(-1, *space.shape).clip(space.low, space.high)
-    return actions if space.dtype.kind == "f" else actions.round().astype(space.dtype)
+    return (actions if space.dtype.kind == "f" else actions.round()).astype(space.dtype)
 
 
 class Envs:  # N environments stepped together; where one ends, it begins again in the same step
     def __init__(self, args, seed):
         with closing(make_env(args.env_id)) as env:
             self.observation_space, self.action_space = env.observation_space, env.action_space
-            self.bounded_space, spec = env.env.action_space, env.env.spec
+            self.bounded_space, spec = env.env.action_space, gym.spec(env.unwrapped.spec.id)
         n = args.num_envs // WORLD_SIZE
         makers = [lambda: make_env(spec)] * n  # not by id: a new process may not know it
         vectorize = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
@@ -175,7 +175,7 @@ class Envs:  # N environments stepped together; where one ends, it begins again 
             final_obs[dones] = np.stack(infos["final_obs"][dones])
         for what, x in (("observation", obs), ("reward", rewards), ("observation", final_obs)):
             for i in np.argwhere(~np.isfinite(x))[:1, 0]:  # the first one, if any
-                where = f"environment {i}, after {self.lengths[i]:.0f} steps of its episode"
+                where = f"environment {i}, after {self.lengths[i] + 1:.0f} steps of its episode"
                 raise Refusal(f"{where}: its {what} is NaN or infinite")
         self.global_step += len(obs) * WORLD_SIZE
         self.returns += rewards
@@ -184,6 +184,13 @@ class Envs:  # N environments stepped together; where one ends, it begins again 
             self.finished.append((self.global_step, self.returns[i], self.lengths[i]))
             self.returns[i] = self.lengths[i] = 0
         return Step(obs.copy(), rewards, terminations, dones, final_obs)
+
+    def close(self):
+        for process in getattr(self.envs, "processes", []) if sys.exc_info()[0] else []:
+            process.kill()  # one may be dead, and never answer
+            process.join()
+            self.envs.closed = True
+        self.envs.close()
 
     def scale_rewards(self, rewards, dones):  # (T, N)
         """Divides rewards by the deviation of the discounted returns so far, within ±10 [37]."""
@@ -391,7 +398,7 @@ def train(args):
     path = checkpoint_path(args)
     checkpoint = load_checkpoint(path) if args.resume and path.exists() else None
     envs = Envs(args, [args.seed, checkpoint["global_step"] if checkpoint else 0])
-    with closing(envs.envs):
+    with closing(envs):
         agent = Agent(envs.observation_space, envs.action_space).to(device)
         optimizer = make_optimizer(agent, args)
         gradient = compiled(minibatch_gradient, args, device)
@@ -448,8 +455,8 @@ def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside 
     returns, lengths = evaluate(agent, args, videos, name)
     score = f"{np.mean(returns):.2f} ± {np.std(returns):.2f}"
     print(f"{name}: return {score} in {len(returns)} episodes of {args.env_id}")
-    report = {"args": asdict(args), "returns": returns, "lengths": lengths}
-    path.with_name("eval.json").write_text(json.dumps(report, indent=2))
+    score = {"args": asdict(args), "returns": returns, "lengths": lengths}
+    path.with_name("eval.json").write_text(json.dumps(score, indent=2))
 
 
 # ---- checkpoints, log, signals -------------------------------------------------------------------
@@ -508,9 +515,8 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             return
         with refusing(f"{self.folder} (--resume goes on with a run)", OSError):
             self.path.parent.mkdir(parents=True, exist_ok=args.resume)
-            commit = os.popen(f"git describe --always --dirty 2>{os.devnull}").read().strip()
-            versions = f"torch {torch.__version__}, gymnasium {gym.__version__}"
-            about = {"args": asdict(args), "versions": versions, "git": commit}
+            about = {"args": asdict(args), "torch": torch.__version__}
+            about["git"] = os.popen(f"git describe --always --dirty 2>{os.devnull}").read()
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
         self.writer = SummaryWriter(str(self.folder), purge_step=envs.global_step + 1)
         self.csv = open(self.folder / "episodes.csv", "a", buffering=1)  # line by line
@@ -529,7 +535,6 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             options |= {"id": self.state["wandb_id"], "name": self.folder.name}
             options |= {"dir": self.folder, "resume": "allow", "config": asdict(self.args)}
             self.wandb = wandb.init(**options, mode=None if logged_in else "offline")
-            self.wandb.define_metric("*", step_metric="global_step")
 
     def goes_on(self):
         target, full = self.args.target_return, len(self.state["returns"]) == 100
@@ -560,9 +565,9 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.save()
 
     def note_signal(self, number, _):  # the first ends the run after an iteration, a second at once
-        if self.signals and time.monotonic() > self.signals[1] + 1.0:  # GNU timeout sends it twice
+        if self.signals:
             raise KeyboardInterrupt(number)
-        self.signals = self.signals or [number, time.monotonic()]
+        self.signals.append(number)
 
     def log(self, step, scalars, csv_row=""):
         if RANK == 0:
@@ -604,10 +609,10 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.csv.close()
             self.writer.close()
         if self.wandb:
-            self.wandb.finish(bool(sys.exc_info()[0]))
+            self.wandb.finish(int(sys.exc_info()[0] is not None))
 
 
-# ---- speed and torchrun --nproc-per-node=2 ppo_continuous.py -------------------------------------
+# ---- speed and torchrun --------------------------------------------------------------------------
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; each has a part of the environments
 RANK = int(os.environ.get("RANK", 0))  # number of this process, from 0 on
 
@@ -673,7 +678,7 @@ def refusing(what, *errors):
 
 
 def say(line, file=None):
-    if RANK == 0 or file:
+    if RANK == 0:
         with suppress(OSError):  # nobody reads any more, as when Ctrl-C has ended tee(1)
             print(" ".join(line.split())[:300], flush=True, file=file)
 
@@ -725,10 +730,8 @@ def main():
             before = replace(load_checkpoint(path)["args"], resume=False, capture_video=False)
             say(f"{path}: arguments as they were, but {' '.join(sys.argv[1:])}")
         args = tyro.cli(Args, default=before)
-        if args.evaluate:
-            return evaluate_checkpoint(args)
         with refusing("the environment ended the process", SystemExit):
-            train(args)
+            evaluate_checkpoint(args) if args.evaluate else train(args)
     except Refusal as refusal:
         say(f"error: {refusal}", file=sys.stderr)
         sys.exit(2)

@@ -88,7 +88,7 @@ def all_reduce_seconds(sizes: list[int], ranks: int = 2) -> list[float]:
 def predict(
     alone: float, ranks: int, reductions: int, parameters: int, latency: float, rate: float
 ) -> float:
-    """Seconds of an iteration; a ring of W processes takes 2·(W - 1) hops, 1/W of the vector each."""
+    """Seconds of an iteration; a ring of W takes 2·(W - 1) hops, each with 1/W of the vector."""
     hops = 2 * (ranks - 1)
     return alone + reductions * hops * (latency + 4 * parameters / ranks / rate)
 

@@ -1,53 +1,16 @@
 """What a reader changes still learns, compiled and not; and the same seed gives the same run."""
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Discrete
-from test_ppo import CASES, Case, FakeEnvs, close
+from gymnasium.spaces import Box
+from test_ppo import CASES, FakeEnvs, close, over
 from torch import nn
 
 import ppo_atari
 import ppo_continuous
-
-COLOURS = Case(ppo_atari, Box(0, 255, (3, 64, 64), np.uint8), Discrete(2))
-
-
-def small_hidden(agent):
-    for name, outputs in (("actor", agent.act_size), ("critic", 1)):
-        setattr(agent, name, ppo_continuous.mlp(3, outputs, 1.0, hidden=(8,)))
-
-
-def relu(agent):
-    for network in (agent.actor, agent.critic):
-        for i in range(1, len(network), 2):
-            network[i] = nn.ReLU()
-
-
-def unused(agent):
-    agent.unused = nn.Parameter(torch.ones(3))
-
-
-def frozen(agent):
-    encoder = agent.network if isinstance(agent, ppo_atari.Agent) else agent.actor[0]
-    encoder.requires_grad_(False)
-
-
-def std_of_state(agent):  # and policy_with_std; log_std is left unused
-    agent.actor = ppo_continuous.mlp(3, 2 * agent.act_size, 1.0, hidden=(8,))
-
-
-def policy_with_std(agent, obs):
-    mean, log_std = agent.actor(agent.normalize(obs)).chunk(2, -1)
-    return mean, log_std.clamp(-5.0, 2.0).exp()
-
-
-def not_normalized(agent):
-    agent.normalize = nn.Identity()
-    agent.normalize.update = lambda obs: None
 
 
 class Dropout(nn.Dropout):
@@ -56,29 +19,44 @@ class Dropout(nn.Dropout):
         return super().forward(x)
 
 
-def dropout(agent):
-    agent.actor.insert(2, Dropout(0.5))
+def change(agent, what):
+    mlp = partial(ppo_continuous.mlp, 3, gain=1.0, hidden=(8,))
+    match what:
+        case "hidden":
+            agent.actor, agent.critic = mlp(agent.act_size), mlp(1)
+        case "relu":
+            agent.actor[1], agent.critic[1] = nn.ReLU(), nn.ReLU()
+        case "unused":
+            agent.unused = nn.Parameter(torch.ones(3))
+        case "frozen":
+            encoder = agent.network if isinstance(agent, ppo_atari.Agent) else agent.actor[0]
+            encoder.requires_grad_(False)
+        case "std":  # of each state its own, beside a log_std without use
+            agent.actor = mlp(2 * agent.act_size)
+        case "raw":  # observations, not normalised
+            agent.normalize = nn.Identity()
+            agent.normalize.update = lambda obs: None
+        case "dropout":
+            agent.actor.insert(2, Dropout(0.5))
 
 
-UNMOVED = {unused: ("unused",), frozen: ("actor.0.", "network."), std_of_state: ("log_std",)}
+UNMOVED = {"unused": ("unused",), "frozen": ("actor.0.", "network."), "std": ("log_std",)}
 
 
-@cache  # a class for each: what is compiled is compiled for one
-def changed(script, *edits):
-    class Agent(script.Agent):
-        def __init__(self, *inputs):
-            super().__init__(*inputs)
-            for edit in edits:
-                edit(self)
-
-    if std_of_state in edits:
-        Agent.policy = policy_with_std
-    return Agent
+def policy_with_std(agent, obs):
+    mean, log_std = agent.actor(agent.normalize(obs)).chunk(2, -1)
+    return mean, log_std.clamp(-5.0, 2.0).exp()
 
 
-def learn(monkeypatch, case, *edits, envs=None, **changes):
+def learn(monkeypatch, case, *changes, envs=None, **args):
     """Trains and plays; returns the agent, what was logged, and the mean return."""
     script, agents, logged = case.script, [], []
+    envs = FakeEnvs if script is ppo_atari and envs is None else envs
+
+    def init(agent, *inputs, original=script.Agent.__init__):
+        original(agent, *inputs)
+        for what in changes:
+            change(agent, what)
 
     def make_optimizer(agent, args, original=script.make_optimizer):
         agents.append((agent, {k: x.detach().clone() for k, x in agent.named_parameters()}))
@@ -88,11 +66,13 @@ def learn(monkeypatch, case, *edits, envs=None, **changes):
         logged.append(original(*inputs))
         return dict(logged[-1])
 
-    args = {"run_name": "run", "total_timesteps": 128, "learning_rate": 1e-3} | changes
     env_id = "Pendulum-v1" if isinstance(case.action_space, Box) else "CartPole-v1"
-    args = case.args(**{"env_id": env_id} | args)
+    few = {"run_name": "run", "total_timesteps": 96, "update_epochs": 1, "env_id": env_id}
+    args = case.args(**few | args)
     with monkeypatch.context() as patch:
-        patch.setattr(script, "Agent", changed(script, *edits))
+        patch.setattr(script.Agent, "__init__", init)
+        if "std" in changes:
+            patch.setattr(script.Agent, "policy", policy_with_std)
         patch.setattr(script, "make_optimizer", make_optimizer)
         patch.setattr(script, "update", update)
         if envs:
@@ -100,37 +80,35 @@ def learn(monkeypatch, case, *edits, envs=None, **changes):
         mean_return = script.train(args)
         if not envs:
             script.evaluate_checkpoint(replace(args, evaluate=args.run_name, eval_episodes=1))
-    ((agent, first),) = agents[:1]
-    still = sum((UNMOVED.get(edit, ()) for edit in edits), ())
+    agent, first = agents[0]
+    still = sum((UNMOVED.get(what, ()) for what in changes), ())
     for name, x in agent.named_parameters():
         assert torch.equal(x, first[name]) == name.startswith(still), name
     return agent.eval(), logged, mean_return
 
 
-CHANGES = [small_hidden, relu, unused, frozen, std_of_state, not_normalized, dropout]
-ALONE = [(CASES[name], edit) for name in ("box", "kl-box") for edit in CHANGES]
-ALONE += [(COLOURS, edit) for edit in (unused, frozen)]
-NAMES = [f"{case.script.__name__}-{edit.__name__}" for case, edit in ALONE]
+ALONE = [("box", x) for x in ("hidden", "relu", "unused", "frozen", "std", "raw", "dropout")]
+ALONE += [("kl-box", x) for _, x in ALONE] + [("atari", x) for x in ("unused", "frozen")]
 
 
-@pytest.mark.parametrize("case, edit", ALONE, ids=NAMES)
-def test_a_change_learns_without_compiling(case, edit, monkeypatch, here):
+@pytest.mark.parametrize("name, what", ALONE)
+def test_a_change_learns_without_compiling(name, what, monkeypatch, here):
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail)
-    envs = FakeEnvs if case is COLOURS else None
-    _, logged, _ = learn(monkeypatch, case, edit, envs=envs, compile=False)
-    assert len(logged) == 4
+    _, logged, _ = learn(monkeypatch, CASES[name], what, compile=False)
+    assert len(logged) == 3
 
 
 TOGETHER = {  # the first one as users compile it, the others without the minute that C++ takes
-    "vectors": (CASES["kl-box"], [small_hidden, relu, unused, std_of_state], None, None),
-    "dropout": (CASES["discrete"], [not_normalized, frozen, dropout], None, "aot_eager"),
-    "pictures": (COLOURS, [unused, frozen], FakeEnvs, "aot_eager"),
+    "kl-box": (["hidden", "relu", "unused", "std"], None),
+    "discrete": (["raw", "frozen", "dropout"], "aot_eager"),
+    "atari": (["unused", "frozen"], "aot_eager"),
 }
 
 
-@pytest.mark.parametrize("case, edits, envs, backend", TOGETHER.values(), ids=TOGETHER)
-def test_changes_learn_compiled(case, edits, envs, backend, monkeypatch, here, capsys):
+@pytest.mark.parametrize("name", TOGETHER)
+def test_changes_learn_compiled(name, monkeypatch, here, capsys):
     """Whatever is compiled gives what it gives uncompiled; once; and the same when repeated."""
+    case, (changes, backend) = CASES[name], TOGETHER[name]
     compiled, torch_compile, calls = case.script.compiled, torch.compile, []
     counters = torch._dynamo.utils.counters
 
@@ -158,9 +136,10 @@ def test_changes_learn_compiled(case, edits, envs, backend, monkeypatch, here, c
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(case.script, "compiled", compared)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        runs = [learn(monkeypatch, case, *edits, envs=envs, run_name=x)[1] for x in ("one", "same")]
-    assert runs[0] == runs[1]
-    assert calls.count("minibatch_gradient") == 2 * 4 * 8
+        _, logged, _ = learn(monkeypatch, case, *changes)
+        _, again, _ = learn(monkeypatch, case, *changes, run_name="again")
+    assert logged == again
+    assert calls.count("minibatch_gradient") == 2 * 3 * 4
     assert counters["stats"]["unique_graphs"] == len({*calls})
     assert "slower without" not in capsys.readouterr().out
 
@@ -181,11 +160,11 @@ def test_without_a_compiler_it_learns_the_same(monkeypatch, here, capsys):
     assert line.startswith("slower without torch.compile: ") and "no C++ compiler" in line
 
 
-@pytest.mark.parametrize("case", [CASES["box"], CASES["kl-discrete"], COLOURS])
+@over("atari", "box", "kl-discrete")
 def test_the_same_seed_gives_the_same_run(case, monkeypatch, here):
-    learned, envs = [], FakeEnvs if case is COLOURS else None
+    learned = []
     for name, seed in {"one": 1, "same": 1, "other": 2}.items():
-        agent, logged, _ = learn(monkeypatch, case, envs=envs, run_name=name, seed=seed)
+        agent, logged, _ = learn(monkeypatch, case, run_name=name, seed=seed)
         learned.append((nn.utils.parameters_to_vector(agent.parameters()).tolist(), logged))
     assert learned[0] == learned[1]
     assert learned[0][0] != learned[2][0] and learned[0][1] != learned[2][1]

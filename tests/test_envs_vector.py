@@ -6,7 +6,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from contextlib import closing, contextmanager, suppress
@@ -53,10 +52,7 @@ def play(script, env_id, num_steps, num_envs=2, seed=SEED, **changes):
     return made, first, steps, actions.clip(-1.0, 1.0)[..., 0]
 
 
-# ---- steps and episodes ----
-
 WALKS = {
-    "sync": {},
     "one array for all": {"reuse": True},
     "float64": {"observation_space": Box(-np.inf, np.inf, (3,), np.float64)},
     "async": {"reuse": True},
@@ -86,9 +82,12 @@ def test_steps_and_episodes(script, kind):
 @pytest.mark.parametrize("bonus", [0.0, 1.0])
 def test_an_id_may_stand_for_any_function(script, bonus):
     """Without render_mode; with wrappers of its own."""
-    wrap = gym.wrappers.TransformReward
-    maker = lambda: wrap(envs.Odd(), lambda reward: reward + bonus) if bonus else envs.Odd()
-    gym.register("Made-v0", maker, max_episode_steps=3)
+
+    def make():
+        wrap = gym.wrappers.TransformReward
+        return wrap(envs.Odd(), lambda reward: reward + bonus) if bonus else envs.Odd()
+
+    gym.register("Made-v0", make, max_episode_steps=3)
     try:
         assert play(script, "Made-v0", 3)[0].finished == [(6, 3.0 * bonus, 3)] * 2
     finally:
@@ -114,8 +113,6 @@ def test_seeds_and_ranks(script, monkeypatch):
             made.step(np.zeros((2, 1), np.float32))
         assert made.global_step == 4
 
-
-# ---- actions ----
 
 WHOLE = Box(0, 3, (2,), np.int64)
 FAR = Box(2**62, np.iinfo(np.int64).max, (1,), np.int64)
@@ -153,8 +150,6 @@ def test_actions_fit_their_space(script, name):
     agent = script.Agent(made.observation_space, made.action_space)
     assert agent.act(obs, agent.noise(len(obs))).shape == sampled.shape
 
-
-# ---- observations ----
 
 NESTED = Dict(z=Discrete(3, start=5), a=Dict(x=Box(0, 255, (2, 2), np.uint8)), b=MultiBinary(2))
 PAIR = Tuple((MultiDiscrete([2, 3]), Box(-1.0, 1.0, ())))
@@ -204,9 +199,6 @@ def test_other_spaces_are_refused_in_a_line_that_says_what_is_handled(script, un
     assert "Box or Discrete actions" in capsys.readouterr().out
 
 
-# ---- environments with faults ----
-
-
 def becomes(value, at):
     return lambda self: value if self.time == at else 0.0
 
@@ -215,7 +207,8 @@ WRONG = {  # what becomes wrong after which step, where the limit of an episode 
     "observation": ("obs", becomes(np.nan, 3), 3),
     "infinite": ("obs", becomes(-np.inf, 3), 3),
     "last observation": ("obs", becomes(np.nan, 4), 4),
-    "first observation": ("obs", becomes(np.nan, 0), 0),
+    "first observation": ("obs", becomes(np.nan, 0), 4),
+    "of the next episode": ("obs", lambda x: np.nan if not x.time and x.actions else 0.0, "[04]"),
     "reward": ("reward", becomes(np.nan, 3), 3),
 }
 
@@ -262,9 +255,6 @@ def test_an_environment_that_ends_the_process_is_an_error(script, here, command)
     assert "ended the process" in command(script, "--env-id", env_id).refusal
 
 
-# ---- processes ----
-
-
 class Trap(envs.Odd):
     def fail(self):
         pass
@@ -273,11 +263,6 @@ class Trap(envs.Odd):
         if self.time == 3 and self.name == SECOND:  # when the first one has answered
             self.fail()
         return super().step(action)
-
-
-class Locked(Exception):  # cannot be pickled, as errors of gRPC
-    def __init__(self):
-        self.lock = threading.Lock()
 
 
 def throw(error):
@@ -292,7 +277,6 @@ def interrupted(envs, wait=gym.vector.AsyncVectorEnv.step_wait):
 
 FAILURES = {  # what is replaced by what, and the error to be told of
     "an error": (Trap, "fail", lambda _: throw(ValueError("wheel")), "ValueError('wheel')"),
-    "an error that cannot be pickled": (Trap, "fail", lambda _: throw(Locked()), ""),
     "a dead process": (Trap, "fail", lambda _: os._exit(0), ""),
     "Ctrl-C within a step": (gym.vector.AsyncVectorEnv, "step_wait", interrupted, "Interrupt"),
     "the main process": (ppo_continuous, "compute_gae", lambda *_: 1 / 0, "ZeroDivisionError"),
@@ -361,9 +345,6 @@ def test_environments_registered_in_the_running_script(here):
     options = {"env": path, "capture_output": True, "text": True, "timeout": 120}
     done = subprocess.run([sys.executable, "mine.py"], **options)
     assert done.stdout.split() == ["forkserver", "spawn"], done.stderr
-
-
-# ---- scaled rewards ----
 
 
 def scaled(rewards, dones, gamma):

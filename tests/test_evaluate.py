@@ -72,24 +72,11 @@ def test_seeds(script, play):
     first = play(script, "--seed", 5)
     np.random.seed(3)
     again, other = play(script, "--seed", 5), play(script, "--seed", 6)
-    assert again["seen"] == first["seen"] and len({*first["returns"]}) == 6
+    starts = {x[:3] for x in first["seen"]}
+    assert again["seen"] == first["seen"] and len(starts) == len(first["seen"])
     likeliest = [play(script, "--seed", seed, "--deterministic")["seen"] for seed in (5, 6)]
     assert first["seen"] not in (other["seen"], likeliest[0])
     assert [x[:3] for x in likeliest[0]] != [x[:3] for x in likeliest[1]]
-
-
-@over_scripts(SCRIPTS)
-def test_no_trace_in_training(script):
-    args = tiny(script, eval_episodes=2)
-    envs = script.Envs(args, 1)
-    envs.envs.close()
-    agent = script.Agent(envs.observation_space, envs.action_space).train()
-    before = {name: x.clone() for name, x in agent.state_dict().items()}
-    states = torch.get_rng_state(), np.random.get_state()[1].copy()
-    assert len(script.evaluate(agent, args)[0]) == 2 and agent.training
-    assert torch.equal(torch.get_rng_state(), states[0])
-    np.testing.assert_array_equal(np.random.get_state()[1], states[1])
-    assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items())
 
 
 @over_scripts(SCRIPTS)
@@ -103,20 +90,13 @@ def test_name_folder_or_file(script, here, play, command):
     assert "nowhere" in command(script, "--evaluate", "nowhere").refusal
 
 
-def frames(path):
-    video, count = cv2.VideoCapture(str(path)), 0
-    while video.read()[0]:
-        count += 1
-    return count
-
-
-@over_scripts([ppo_kl_penalty])
-def test_videos_of_an_evaluation(script, here, play, monkeypatch):
+def test_videos_of_an_evaluation(here, play, monkeypatch):
     """Of a classic-control environment, which draws with pygame."""
-    monkeypatch.setitem(ENVS, script, "CartPole-v1")
-    lengths = play(script, "--eval-episodes", 2, "--capture-video")["lengths"]
+    monkeypatch.setitem(ENVS, ppo_kl_penalty, "CartPole-v1")
+    lengths = play(ppo_kl_penalty, "--eval-episodes", 2, "--capture-video")["lengths"]
     files = sorted((here / "runs" / "run" / "videos").glob("*.mp4"))
-    assert [frames(file) for file in files] == [n + 1 for n in lengths]
+    frames = [cv2.VideoCapture(str(file)).get(cv2.CAP_PROP_FRAME_COUNT) for file in files]
+    assert frames == [n + 1 for n in lengths]
 
 
 def test_videos_of_a_training(here, monkeypatch):
@@ -134,17 +114,3 @@ def test_videos_of_a_training(here, monkeypatch):
     videos = {path.name.partition("-episode")[0] for path in here.glob("runs/with/videos/*.mp4")}
     assert videos == {"step-16", "step-32"} and not (here / "runs/without/videos").exists()
     assert {16, 32} == {step for step, _ in scalars(here / "runs/with")["charts/eval_return"]}
-
-
-def test_window(play, monkeypatch):
-    modes, init = set(), Walk.__init__
-
-    def spy(env, action_space, render_mode=None, **more):
-        modes.add(render_mode)
-        init(env, action_space, render_mode=render_mode, **more)
-
-    monkeypatch.setattr(Walk, "__init__", spy)
-    play(ppo_continuous)
-    assert modes == {None}
-    play(ppo_continuous, "--render")
-    assert "human" in modes

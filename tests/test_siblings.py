@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tokenize
+import tomllib
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -37,9 +38,6 @@ DIFFERENCES = {
     "another objective": "minibatch_loss minibatch_gradient",
     "another network, another objective": "collect_rollout update train Run.__init__",
 }
-
-
-# ---- budget ----
 
 
 def tokens(source):
@@ -82,9 +80,6 @@ def test_the_diff_of_the_objectives():
     matcher = SequenceMatcher(None, clipped, penalty, autojunk=False)
     same = sum(block.size for block in matcher.get_matching_blocks())
     assert len(clipped) + len(penalty) - 2 * same <= MAX_DIFF
-
-
-# ---- copies do not drift ----
 
 
 def name_of(node):
@@ -145,34 +140,22 @@ def test_sections_are_those_of_the_docstring(name):
     assert contents == [x for x in titles if x.isupper()] + ["PLUMBING"]
     assert titles[: len(contents) - 1] == contents[:-1]  # the others come below the divider
     assert {len(rule) for rule in rules} == {MAX_COLUMNS}
-    (divider,) = (i for i, line in enumerate(lines, 1) if "Everything below is plumbing" in line)
-    plumbing = next(x for x in TREES[name].body if x.lineno > divider)
-    before = TREES[name].body[TREES[name].body.index(plumbing) - 1]
-    assert before.name == "train" and lines.index(rules[len(contents) - 1]) > divider - 1
-
-
-# ---- pins ----
-
-
-def inline_metadata(name):
-    """requires-python and dependencies of the PEP 723 block."""
-    import tomllib
-
-    block = re.search(r"^# /// script\n((?:#(?: .*)?\n)+?)# ///$", SOURCES[name], re.MULTILINE)
-    metadata = tomllib.loads("\n".join(line[2:] for line in block[1].splitlines()))
-    return metadata["requires-python"], metadata["dependencies"]
+    divider = lines.index("#    Everything below is plumbing: it changes nothing of the algorithm.")
+    *_, last = (x for x in TREES[name].body if x.end_lineno <= divider)
+    assert last.name == "train" and divider < lines.index(rules[len(contents) - 1])
 
 
 @over_scripts
 def test_pins(name):
     """Those of requirements.txt; and the code needs no other package, and no newer Python."""
-    python, dependencies = inline_metadata(name)
+    block = re.search(r"^# /// script\n((?:#(?: .*)?\n)+?)# ///$", SOURCES[name], re.MULTILINE)
+    metadata = tomllib.loads("\n".join(line[2:] for line in block[1].splitlines()))
     text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     runtime, _ = re.split("^# Development.*$", text, flags=re.MULTILINE)
     pins = [line.replace('"', "'") for line in runtime.splitlines() if line and line[0] != "#"]
-    assert sorted(dependencies) == sorted(pins)
+    assert sorted(metadata["dependencies"]) == sorted(pins)
     assert all("==" in pin for pin in pins)
-    assert python == ">=3.11,<3.15"  # what it pins has no wheels for others
+    assert metadata["requires-python"] == ">=3.11,<3.15"  # what it pins has no wheels for others
     assert 'target-version = "py311"' in (ROOT / "pyproject.toml").read_text()
     ast.parse(SOURCES[name], feature_version=(3, 11))
     imported = [x for x in ast.walk(TREES[name]) if isinstance(x, ast.Import)]
@@ -181,8 +164,6 @@ def test_pins(name):
     pinned = {re.match(r"[\w-]+", pin)[0].replace("-", "_") for pin in pins}
     assert {x.partition(".")[0] for x in modules} <= pinned | sys.stdlib_module_names
 
-
-# ---- each stands alone ----
 
 IMPORT_ALONE = """
 import gymnasium, os, signal, sys, torch  # gymnasium sets a variable of its own
