@@ -681,7 +681,7 @@ def refusing(what, *errors):
 
 
 def say(line, file=None):
-    if RANK == 0:
+    if not RANK or file:
         with suppress(OSError):  # nobody reads any more, as when Ctrl-C has ended tee(1)
             print(" ".join(line.split())[:300], flush=True, file=file)
 

@@ -208,7 +208,6 @@ WRONG = {  # what becomes wrong after which step, where the limit of an episode 
     "infinite": ("obs", becomes(-np.inf, 3), 3),
     "last observation": ("obs", becomes(np.nan, 4), 4),
     "first observation": ("obs", becomes(np.nan, 0), 4),
-    "of the next episode": ("obs", lambda x: np.nan if not x.time and x.actions else 0.0, "[04]"),
     "reward": ("reward", becomes(np.nan, 3), 3),
 }
 

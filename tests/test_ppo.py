@@ -3,7 +3,7 @@
 import copy
 from functools import partial
 from math import inf, nextafter
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -60,7 +60,7 @@ class FakeEnvs:
     def __init__(self, case, args, seed):
         self.case, self.args, self.random = case, args, np.random.default_rng(seed)
         self.observation_space, self.action_space = case.observation_space, case.action_space
-        self.envs, self.finished, self.return_stats = SimpleNamespace(close=int), [], np.zeros(3)
+        self.close, self.finished, self.return_stats = lambda: None, [], np.zeros(3)
         self.global_step, self.shown, self.taken, self.steps = 0, [], [], []
 
     def observe(self):
