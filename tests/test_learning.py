@@ -47,11 +47,10 @@ def show(case, states):  # as one half of a vector or picture
     return obs
 
 
-LINES = Box(-1.0, 1.0, (4,))
 CHOICES = {
     "atari": Case(ppo_atari, CASES["atari"].observation_space, Discrete(2)),
-    "continuous": Case(ppo_continuous, LINES, Discrete(2)),
-    "kl_penalty": Case(ppo_kl_penalty, LINES, Discrete(2)),
+    "continuous": Case(ppo_continuous, Box(-1.0, 1.0, (4,)), Discrete(2)),
+    "kl_penalty": Case(ppo_kl_penalty, Box(-1.0, 1.0, (4,)), Discrete(2)),
 }
 
 
@@ -63,7 +62,6 @@ def test_the_optimum_of_a_choice(name, gamma, monkeypatch, here):
     args |= {"learning_rate": rate, "gamma": gamma, "max_grad_norm": 5.0, "clip_vloss": False}
     agent, *_ = learn(monkeypatch, CHOICES[name], envs=Choice, compile=False, **args)
     policy, values = agent(torch.from_numpy(show(CHOICES[name], [0, 1])))
-    print(policy.probs, values)
     stay, go = 1.0 / (1.0 - gamma), 5.0 * gamma
     assert policy.probs[0, int(go > stay)] > 0.9
     assert values.tolist() == pytest.approx([max(stay, go), 5.0], abs=0.5)
@@ -85,15 +83,13 @@ class Target(FakeEnvs):
 
 @pytest.mark.parametrize("script", [ppo_continuous, ppo_kl_penalty])
 def test_a_gaussian_policy_finds_its_target(script, monkeypatch, here):
-    """From means of 0 and a deviation of 1. Rewards come halved."""
     args = {"num_envs": 8, "num_steps": 32, "update_epochs": 4, "total_timesteps": 2560}
     case = Case(script, Box(-1.0, 1.0, (1,)), Box(-3.0, 3.0, (1,)))
     agent, *_ = learn(monkeypatch, case, envs=Target, compile=False, learning_rate=6e-3, **args)
     policy, values = agent(torch.tensor([[1.0], [-1.0]]))
-    print(policy.mean, agent.log_std, values)
     assert policy.mean.flatten().tolist() == pytest.approx([0.5, -0.5], abs=0.2)
     assert agent.log_std.item() < -0.2
-    expected = (torch.tensor([1.0, -1.0]) - policy.variance.squeeze(1)) / 2.0
+    expected = (torch.tensor([1.0, -1.0]) - policy.variance.squeeze(1)) / 2.0  # rewards are halved
     assert (values - expected).abs().max() < 0.2
 
 
@@ -101,6 +97,5 @@ def test_the_clipped_objective_balances_a_pole(monkeypatch, here):
     """With the environments as they are; a random policy keeps it up for 22 steps."""
     args = {"num_envs": 8, "num_steps": 64, "update_epochs": 6, "learning_rate": 2.5e-3}
     args |= {"total_timesteps": 30_000, "target_return": 100.0}
-    _, logged, mean_return = learn(monkeypatch, CASES["discrete"], compile=False, **args)
-    print(mean_return, len(logged))
+    *_, mean_return = learn(monkeypatch, CASES["discrete"], compile=False, **args)
     assert mean_return >= 100.0

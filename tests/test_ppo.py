@@ -19,9 +19,7 @@ import ppo_continuous
 import ppo_kl_penalty
 
 
-class Case(NamedTuple):
-    """A script on one kind of observations and actions."""
-
+class Case(NamedTuple):  # a script on one kind of observations and actions
     script: ModuleType
     observation_space: Box
     action_space: Box | Discrete
@@ -54,9 +52,7 @@ class Case(NamedTuple):
         return self.script.collect_rollout(agent, envs, torch.from_numpy(envs.reset()), args)[0]
 
 
-class FakeEnvs:
-    """In place of Envs: random observations and rewards, whatever one does; ends of both kinds."""
-
+class FakeEnvs:  # in place of Envs: random, whatever one does, with ends of both kinds
     def __init__(self, case, args, seed):
         self.case, self.args, self.random = case, args, np.random.default_rng(seed)
         self.observation_space, self.action_space = case.observation_space, case.action_space
