@@ -36,7 +36,7 @@ import sys
 import time
 import zipfile
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -47,10 +47,15 @@ import torch
 import tyro
 from ale_py import AtariEnv, AtariVectorEnv, roms
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, TimeLimit
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, distributed, nn
 from torch.distributions import Categorical, Distribution
 from torch.utils.tensorboard import SummaryWriter
+
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; each has a part of the environments
+RANK = int(os.environ.get("RANK", 0))  # number of this process, from 0 on
+FORMAT = "ppo_atari, format 4"  # of checkpoints
 
 
 # ---- ARGUMENTS -----------------------------------------------------------------------------------
@@ -269,9 +274,10 @@ def collect_rollout(agent, envs, obs, args, act=Agent.act):
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages, [GAE] eq. 16, and returns, their sum with the values; all tensors (T, N)."""
     deltas = rewards + gamma * next_values * (1.0 - terminations) - values
-    advantages, last = torch.empty_like(deltas), torch.zeros_like(deltas[0])
+    decay = gamma * gae_lambda * (1.0 - dones)
+    advantages, last = torch.empty_like(deltas), 0.0
     for t in reversed(range(len(deltas))):
-        advantages[t] = last = deltas[t] + gamma * gae_lambda * (1.0 - dones[t]) * last
+        advantages[t] = last = deltas[t] + decay[t] * last
     return advantages, advantages + values
 
 
@@ -337,7 +343,7 @@ def update(agent, optimizer, rollout: Rollout, args, gradient=minibatch_gradient
         if args.target_kl is not None and average(metrics["losses/approx_kl"]) > args.target_kl:
             break
     means = dict(zip(metrics, average(torch.stack(history).mean(0)).tolist()))
-    unexplained = (batch.returns - batch.values).var() / batch.returns.var().clamp(min=1e-8)
+    unexplained = (batch.returns - batch.values).var() / (batch.returns.var() + 1e-8)
     means["losses/explained_variance"] = 1.0 - unexplained.item()
     return means
 
@@ -367,13 +373,11 @@ def train(args):
             run.save()
     say(f"tensorboard --logdir {run.folder}; python {sys.argv[0]} --evaluate {run.folder}")
     if run.signals:
-        raise KeyboardInterrupt(run.signals[0])
+        raise KeyboardInterrupt(*run.signals)
     return run.mean_return
 
 
-# ==================================================================================================
-#    Everything below is plumbing: it changes nothing of the algorithm.
-# ==================================================================================================
+# ==== PLUMBING: nothing below belongs to the algorithm ============================================
 # ---- evaluation and video ------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(agent, args, videos=None, name="episode"):  # returns, unscaled, and lengths
@@ -392,7 +396,7 @@ def evaluate(agent, args, videos=None, name="episode"):  # returns, unscaled, an
                 action, *_ = agent.act(torch.from_numpy(obs[None]), noise)
                 obs, _, terminated, truncated, _ = env.step(action.item())
                 done = terminated or truncated
-    return [float(x) for x in env.return_queue], [*env.length_queue]
+    return [*map(float, env.return_queue)], [*env.length_queue]
 
 
 def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside the checkpoint
@@ -405,16 +409,12 @@ def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside 
     name = f"{path.stem}-step-{checkpoint['global_step']}"
     videos = path.parent.parent / "videos" if args.capture_video else None
     returns, lengths = evaluate(agent, args, videos, name)
-    score = f"{np.mean(returns):.2f} ± {np.std(returns):.2f}"
-    print(f"{name}: return {score} in {len(returns)} episodes of {args.env_id}")
-    score = {"args": asdict(args), "returns": returns, "lengths": lengths}
-    path.with_name("eval.json").write_text(json.dumps(score, indent=2))
+    print(f"{name}: return {np.mean(returns):.2f} ± {np.std(returns):.2f}, {len(returns)} episodes")
+    result = {"args": asdict(args), "returns": returns, "lengths": lengths}
+    path.with_name("eval.json").write_text(json.dumps(result, indent=2))
 
 
 # ---- checkpoints, log, signals -------------------------------------------------------------------
-FORMAT = f"{Args.exp_name}, format 4"
-
-
 def checkpoint_path(args):  # of a run, by name or folder; --evaluate may also name the file itself
     path = Path(args.evaluate or args.run_name or "")
     folder = path if len(path.parts) > 1 else "runs" / path
@@ -423,12 +423,11 @@ def checkpoint_path(args):  # of a run, by name or folder; --evaluate may also n
 
 def load_checkpoint(path):  # as plain data: no file can make torch.load run code
     with refusing(f"{path} is no checkpoint of this script", Exception):
-        with zipfile.ZipFile(path) as archive:  # kilobytes must not unpack to gigabytes
-            size = sum(part.file_size for part in archive.infolist())
+        size = sum(part.file_size for part in zipfile.ZipFile(path).infolist())
         require(size <= path.stat().st_size, "it would unpack to more than its size")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         require(checkpoint["format"] == FORMAT, f"it is of {checkpoint['format']}")
-        checkpoint["args"] = TypeAdapter(Args).validate_python(checkpoint["args"])
+        checkpoint["args"] = Args(**checkpoint["args"])
     return checkpoint
 
 
@@ -450,15 +449,14 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
     def __init__(self, args, checkpoint, agent, optimizer, envs):
         self.args, self.agent, self.envs = args, agent, envs  # live tensors are saved and restored:
         self.state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()["state"][0]}
-        self.state |= {"returns": []}
-        self.state |= {"best": -inf, "global_step": 0, "csv_size": 0}
+        self.state |= {"returns": [], "best": -inf, "global_step": 0, "csv_size": 0}
         self.state |= {"rng": torch.get_rng_state(), "wandb_id": os.urandom(4).hex()}
         if checkpoint:
             restore(self.state, checkpoint)
             torch.set_rng_state(self.state["rng"])
             envs.global_step = self.state["global_step"]
         self.state |= {"format": FORMAT, "args": asdict(args)}
-        self.saved_at = self.printed_at = time.monotonic()
+        self.saved_at = time.monotonic()
         self.warm, self.wandb, self.signals, self.handlers = None, None, [], {}
         self.path = checkpoint_path(args)
         self.folder = self.path.parents[1]
@@ -467,26 +465,26 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             return
         with refusing(f"{self.folder} (--resume goes on with a run)", OSError):
             self.path.parent.mkdir(parents=True, exist_ok=args.resume)
-            about = {"args": asdict(args), "torch": torch.__version__}
-            about["git"] = os.popen(f"git describe --always --dirty 2>{os.devnull}").read()
+            commit = os.popen(f"git describe --always --dirty 2>{os.devnull}").read()
+            about = {"args": asdict(args), "torch": torch.__version__, "git": commit}
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
         self.writer = SummaryWriter(str(self.folder), purge_step=envs.global_step + 1)
         self.csv = open(self.folder / "episodes.csv", "a", buffering=1)  # line by line
         self.csv.truncate(self.state["csv_size"])  # what came after the checkpoint comes again
         self.csv.write("" if self.state["csv_size"] else "global_step,wall_time,return,length\n")
         if args.track:
-            self.start_wandb({"project": args.wandb_project_name, "entity": args.wandb_entity})
+            self.start_wandb(args)
 
-    def start_wandb(self, options):  # a run named as its folder; never a prompt
+    def start_wandb(self, args):  # a run named as its folder; never a prompt
         import wandb
 
         with refusing("--track", Exception):
-            logged_in = "WANDB_MODE" in os.environ or wandb.login(prompt=False)
-            if not logged_in:
+            mode = None if "WANDB_MODE" in os.environ or wandb.login(prompt=False) else "offline"
+            if mode:
                 say("W&B: this run is kept offline; wandb login before the next one")
-            options |= {"id": self.state["wandb_id"], "name": self.folder.name}
-            options |= {"dir": self.folder, "resume": "allow", "config": asdict(self.args)}
-            self.wandb = wandb.init(**options, mode=None if logged_in else "offline")
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            what = {"name": self.folder.name, "id": self.state["wandb_id"], "resume": "allow"}
+            self.wandb = wandb.init(**where, **what, config=asdict(args), mode=mode)
 
     def goes_on(self):
         target, full = self.args.target_return, len(self.state["returns"]) == 100
@@ -506,7 +504,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         if self.warm:
             metrics["charts/SPS"] = speed = (step - self.warm[1]) / (now - self.warm[0])
         else:  # the first iteration compiles; from here on there is something to save
-            self.warm = now, step
+            self.warm, self.printed_at = (now, step), now
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.note_signal)
         self.log(step, metrics)
@@ -561,14 +559,10 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.csv.close()
             self.writer.close()
         if self.wandb:
-            self.wandb.finish(int(sys.exc_info()[0] is not None))
+            self.wandb.finish(int(any(sys.exc_info())))
 
 
 # ---- speed and torchrun --------------------------------------------------------------------------
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; each has a part of the environments
-RANK = int(os.environ.get("RANK", 0))  # number of this process, from 0 on
-
-
 def average(x):  # over all processes, in place
     if WORLD_SIZE > 1:
         distributed.all_reduce(x)
@@ -580,12 +574,12 @@ def gather(items):  # of all processes, in order of rank
     lists = [items] * WORLD_SIZE
     if WORLD_SIZE > 1:
         distributed.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
+    return sum(lists, [])
 
 
 def make_optimizer(agent, args):  # all parameters become views of one vector: faster to update
     trained = [p for p in agent.parameters() if p.requires_grad]
-    vector = nn.Parameter(nn.utils.parameters_to_vector(trained).detach())
+    vector = nn.Parameter(nn.utils.parameters_to_vector(trained))
     nn.utils.vector_to_parameters(vector, trained)
     optimizer = torch.optim.Adam([vector], lr=args.learning_rate, eps=1e-5, fused=True)
     vector.grad = torch.zeros_like(vector)
@@ -636,20 +630,17 @@ def say(line, file=None):
 
 
 def prepare(args):  # refuses what cannot work, prepares torch, returns the device
-    with refusing("arguments", ValueError):
-        valid = TypeAdapter(Args).validate_python(asdict(args))  # types and ranges
-    vars(args).update(vars(valid))
+    replace(args)  # checks types and ranges of what was set since
     problems = {
         "minibatches must be of equal size": args.batch_size % (args.num_minibatches * WORLD_SIZE),
-        "total_timesteps is less than num_envs x num_steps": args.num_iterations == 0,
+        "total_timesteps is less than num_envs x num_steps": not args.num_iterations,
         "gamma and gae_lambda must be at most 1": max(args.gamma, args.gae_lambda) > 1,
         "num_envs must be a multiple of the number of processes": args.num_envs % WORLD_SIZE,
-        "norm_adv needs two transitions in a minibatch": args.norm_adv
-        and args.minibatch_size < 2 * WORLD_SIZE,
+        "norm_adv needs larger minibatches": args.norm_adv and args.minibatch_size < 2 * WORLD_SIZE,
         "resume needs the run_name to go on with": args.resume and not args.run_name,
     }
-    found = [problem for problem, wrong in problems.items() if wrong]
-    require(not found, f"arguments: {found}")
+    for problem, found in problems.items():
+        require(not found, problem)
     default = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}"
     args.run_name = args.run_name or default.replace("/", "-")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
@@ -659,9 +650,8 @@ def prepare(args):  # refuses what cannot work, prepares torch, returns the devi
         device = torch.empty(0, device=name).device
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         store, *_ = next(distributed.rendezvous("env://"))  # a restart must not see its old keys
-        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+        store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        distributed.init_process_group(store=store, rank=RANK, world_size=WORLD_SIZE)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
@@ -701,16 +691,13 @@ def game_options(env_id):  # what an id says, as arguments of AtariVectorEnv, or
     return options | {"max_num_frames_per_episode": limit}
 
 
-CLEANRL = """Of CleanRL's, --cuda is --device here, --save-model is always on, --x False is --no-x,
-and --kl-coef is for ppo_kl_penalty.py."""
-
-
 def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch.compile may swallow a KeyboardInterrupt
     try:
-        args, unknown = tyro.cli(Args, return_unknown_args=True, add_help=False)
-        wrong = {*unknown} - {"-h", "--help"}
-        require(not wrong, f"unknown {wrong}; --help lists the options. {CLEANRL}")
+        args, unknown = tyro.cli(Args, return_unknown_args=True)
+        hint = "of CleanRL's, --cuda is --device, --save-model always on, --x False --no-x"
+        other = "--clip-coef is for ppo_continuous.py, --kl-coef for ppo_kl_penalty.py"
+        require(not unknown, f"unknown {unknown}, see --help; {hint}; {other}")
         path, before = checkpoint_path(args), Args()
         if args.evaluate or (args.resume and path.exists()):
             before = replace(load_checkpoint(path)["args"], resume=False, capture_video=False)
@@ -722,7 +709,7 @@ def main():
         say(f"error: {refusal}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        sys.exit(128 + (interrupt.args or [signal.SIGINT])[0])
+        sys.exit(128 + (*interrupt.args, signal.SIGINT)[0])
 
 
 if __name__ == "__main__":

@@ -33,10 +33,11 @@ import os
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from math import inf, isfinite, nan, sqrt
+from dataclasses import asdict, replace
+from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -45,10 +46,15 @@ import numpy as np
 import torch
 import tyro
 from gymnasium.spaces import Box, Discrete, flatdim, flatten
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, distributed, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
+
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; each has a part of the environments
+RANK = int(os.environ.get("RANK", 0))  # number of this process, from 0 on
+FORMAT = "ppo_kl_penalty, format 4"  # of checkpoints
 
 
 # ---- ARGUMENTS -----------------------------------------------------------------------------------
@@ -119,8 +125,8 @@ class Vectors(gym.Wrapper):  # observations as float vectors; spaces without bou
         return self.vector(self.env.reset(**options)[0]), {}
 
     def step(self, action):
-        obs, reward, terminated, truncated, _ = self.env.step(action)
-        return self.vector(obs), reward, terminated, truncated, {}
+        obs, *outcome, _ = self.env.step(action)
+        return self.vector(obs), *outcome, {}
 
     def vector(self, obs):  # a copy: some environments write into what they have returned
         space = self.env.observation_space
@@ -131,7 +137,7 @@ def make_env(env_id, **options):  # to train and to play in
     with refusing(f"--env-id {env_id}", gym.error.Error, ModuleNotFoundError):
         env = gym.make(env_id, disable_env_checker=True, **options)
     obs, actions = env.observation_space, env.action_space
-    fits = isinstance(actions, Box | Discrete) and getattr(obs, "is_np_flattenable", False)
+    fits = isinstance(actions, Box | Discrete) and obs and obs.is_np_flattenable
     wanted = "PPO here takes observations that flatten to a vector, and Box or Discrete actions"
     require(fits and flatdim(obs) * flatdim(actions) > 0, f"{wanted}, not {obs}, {actions}")
     if multiprocessing.current_process().daemon:  # of --async-envs: Ctrl-C is for the main process
@@ -142,77 +148,81 @@ def make_env(env_id, **options):  # to train and to play in
 def to_space(actions, space):  # (N, *act); only here, so that the learner keeps what it sampled
     if isinstance(space, Discrete):
         return (actions + space.start).astype(space.dtype)
-    actions = actions.reshape(-1, *space.shape).clip(space.low, space.high)
-    return (actions if space.dtype.kind == "f" else actions.round()).astype(space.dtype)
+    return actions.reshape(-1, *space.shape).clip(space.low, space.high).astype(space.dtype)
 
 
 class Envs:  # N environments stepped together; where one ends, it begins again in the same step
     def __init__(self, args, seed):
-        with closing(make_env(args.env_id)) as env:
+        with closing(make_env(args.env_id)) as env:  # its spec: new processes may not know its id
             self.observation_space, self.action_space = env.observation_space, env.action_space
             self.bounded_space, spec = env.env.action_space, gym.spec(env.unwrapped.spec.id)
         n = args.num_envs // WORLD_SIZE
-        makers = [lambda: make_env(spec)] * n  # not by id: a new process may not know it
         vectorize = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
-        self.envs = vectorize(makers, copy=False, autoreset_mode="SameStep")
+        self.envs = vectorize([lambda: make_env(spec)] * n, copy=False, autoreset_mode="SameStep")
         seeds = np.random.SeedSequence(seed).generate_state(args.num_envs)[RANK * n :][:n]
         self.seeds = seeds.tolist()  # of this process
-        self.returns, self.lengths = np.zeros((2, n))  # of the episodes so far
-        self.discounted_returns, self.gamma = np.zeros(n), args.gamma
+        self.returns, self.discounted_returns, self.lengths = np.zeros((3, n))  # of episodes so far
         self.return_stats = np.zeros(3)  # number, sum, sum of squares of all discounted returns
         self.finished = []  # (global_step, return, length) of each episode
         self.global_step = 0  # steps of all environments in all processes
 
     def reset(self):  # -> (N, *obs)
         obs, _ = self.envs.reset(seed=self.seeds)
+        self.check_finite(observation=obs)
         return obs.copy()
 
     def step(self, actions):  # (N, *act)
-        step = self.envs.step(to_space(actions, self.bounded_space))
-        obs, rewards, terminations, truncations, infos = step
+        actions = to_space(actions, self.bounded_space)
+        obs, rewards, terminations, truncations, infos = self.envs.step(actions)
         final_obs, dones = obs.copy(), terminations | truncations
         if dones.any():
-            final_obs[dones] = np.stack(infos["final_obs"][dones])
-        for what, x in (("observation", obs), ("reward", rewards), ("observation", final_obs)):
-            for i in np.argwhere(~np.isfinite(x))[:1, 0]:  # the first one, if any
-                where = f"environment {i}, after {self.lengths[i] + 1:.0f} steps of its episode"
-                raise Refusal(f"{where}: its {what} is NaN or infinite")
+            final_obs[dones] = list(infos["final_obs"][dones])
+        self.lengths += 1
+        self.check_finite(observation=obs, last_observation=final_obs, reward=rewards)
         self.global_step += len(obs) * WORLD_SIZE
         self.returns += rewards
-        self.lengths += 1
         for i in np.flatnonzero(dones):
             self.finished.append((self.global_step, self.returns[i], self.lengths[i]))
             self.returns[i] = self.lengths[i] = 0
         return Step(obs.copy(), rewards, terminations, dones, final_obs)
 
-    def close(self):
-        for process in getattr(self.envs, "processes", []) if sys.exc_info()[0] else []:
-            process.kill()  # one may be dead, and never answer
-            process.join()
-            self.envs.closed = True
-        self.envs.close()
+    def check_finite(self, **arrays):  # (N, …)
+        for name, x in arrays.items():
+            wrong = ~np.isfinite(x)
+            if wrong.any():
+                i = np.argwhere(wrong)[0, 0]
+                raise Refusal(f"environment {i}, step {self.lengths[i]:.0f}: {name} is NaN or inf")
 
-    def scale_rewards(self, rewards, dones):  # (T, N)
+    def close(self):
+        self.envs.close(terminate=any(sys.exc_info()))  # after a failure, one may not answer
+
+    def scale_rewards(self, rewards, dones, gamma):  # (T, N)
         """Divides rewards by the deviation of the discounted returns so far, within ±10 [37]."""
         scaled = np.empty_like(rewards)
         for t in range(len(rewards)):
-            x = self.discounted_returns * self.gamma + rewards[t]
+            x = self.discounted_returns * gamma + rewards[t]
             self.discounted_returns = x * (1.0 - dones[t])
             self.return_stats += len(x), x.sum(), (x**2).sum()
             count, total, squares = self.return_stats
             variance = max(squares / count - (total / count) ** 2, 0.0)
-            scaled[t] = rewards[t] / sqrt(variance + 1e-8)
+            scaled[t] = rewards[t] / (variance + 1e-8) ** 0.5
         average(torch.from_numpy(self.return_stats))  # in place: they share memory
         return scaled.clip(-10.0, 10.0)
 
 
 # ---- AGENT ---------------------------------------------------------------------------------------
+def init(layer, gain=2**0.5):  # orthogonal weights and zero biases [37]
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class RunningMeanStd(nn.Module):  # normalises by all batches so far, merged as in Chan et al. 1983
     def __init__(self, size):
         super().__init__()
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("var", torch.ones(size))
-        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("count", torch.tensor(0.0))
 
     @torch.no_grad()
     def update(self, batch):  # (B, size), of this process
@@ -228,14 +238,9 @@ class RunningMeanStd(nn.Module):  # normalises by all batches so far, merged as 
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10.0, 10.0)
 
 
-def mlp(inputs, outputs, gain, hidden=(64, 64)):  # orthogonal weights, zero biases [37]
-    layers = []
-    for n, m in zip([inputs, *hidden], [*hidden, outputs]):
-        layers += [nn.Linear(n, m), nn.Tanh()]
-    for layer in layers[::2]:
-        nn.init.orthogonal_(layer.weight, gain if layer is layers[-2] else sqrt(2))
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers[:-1])  # no tanh after the last
+def mlp(inputs, outputs, gain):
+    hidden = [init(nn.Linear(inputs, 64)), nn.Tanh(), init(nn.Linear(64, 64)), nn.Tanh()]
+    return nn.Sequential(*hidden, init(nn.Linear(64, outputs), gain))
 
 
 class Agent(nn.Module):
@@ -243,34 +248,32 @@ class Agent(nn.Module):
 
     def __init__(self, observation_space, action_space):
         super().__init__()
-        (obs_size,) = observation_space.shape
+        obs_size = flatdim(observation_space)
         self.discrete = isinstance(action_space, Discrete)
-        self.act_size = int(flatdim(action_space))
+        self.act_size = flatdim(action_space)
         self.normalize = RunningMeanStd(obs_size)
         self.actor = mlp(obs_size, self.act_size, gain=0.01)  # at first nearly the same everywhere
         self.critic = mlp(obs_size, 1, gain=1.0)
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(self.act_size))
 
-    def policy(self, obs):  # (…, obs) -> logits and None, or means and standard deviations
-        output = self.actor(self.normalize(obs))
-        return output, None if self.discrete else self.log_std.clamp(-20.0, 2.0).exp()
+    def policy(self, obs):  # (…, obs) -> logits and None, or means and log of deviations
+        return self.actor(self.normalize(obs)), self.log_std
 
     def value(self, obs):  # (…, obs) -> V(s)
         return self.critic(self.normalize(obs)).squeeze(-1)
 
     def forward(self, obs):  # (…, obs) -> π(·|s), V(s)
-        output, std = self.policy(obs)
+        output, log_std = self.policy(obs)
         if self.discrete:
             return Categorical(logits=output), self.value(obs)
-        return Independent(Normal(output, std), 1), self.value(obs)
+        return Independent(Normal(output, log_std.exp()), 1), self.value(obs)
 
     def noise(self, *shape):  # (*shape, act_size) from the CPU: one generator to seed and save
         noise = torch.empty(*shape, self.act_size)
         return -noise.exponential_().log() if self.discrete else noise.normal_()  # Gumbel or normal
 
-    def act(self, obs, noise):  # (N, *act), sampled without the cost of a distribution
-        output, std = self.policy(obs)
-        return (output + noise).argmax(-1) if self.discrete else output + std * noise
+    def sample(self, output, log_std, noise):  # from π, without the cost of a distribution
+        return (output + noise).argmax(-1) if self.discrete else output + log_std.exp() * noise
 
 
 # ---- PPO -----------------------------------------------------------------------------------------
@@ -294,18 +297,18 @@ class Rollout(NamedTuple):
 def collect_rollout(agent, envs, obs, args):
     """Acts from `obs` (N, *obs) on; returns the Rollout and the observations that come next."""
     agent.eval()
-    device, noise = obs.device, agent.noise(args.num_steps, len(obs)).to(obs.device)
+    noise = agent.noise(args.num_steps, len(obs)).to(obs.device)
     all_obs, all_actions, steps = [], [], []
+    fast = fast_policy(agent, obs)
     for t in range(args.num_steps):
         all_obs.append(obs)
-        all_actions.append(agent.act(obs, noise[t]))
+        all_actions.append(agent.sample(*fast(obs), noise[t]))
         steps.append(envs.step(all_actions[t].cpu().numpy()))
-        obs = torch.from_numpy(steps[t].obs).to(device)
+        obs = torch.from_numpy(steps[t].obs).to(obs.device)
     steps = Step(*map(np.stack, zip(*steps)))  # (T, N, …) each
-    rewards = envs.scale_rewards(steps.rewards, steps.dones)
+    rewards = envs.scale_rewards(steps.rewards, steps.dones, args.gamma)
     arrays = rewards, steps.terminations, steps.dones, steps.final_obs
-    tensors = [torch.from_numpy(x).float().to(device) for x in arrays]
-    rewards, terminations, dones, final_obs = tensors
+    rewards, terminations, dones, final_obs = (torch.from_numpy(x).to(obs) for x in arrays)
     obs_t, actions = torch.stack(all_obs), torch.stack(all_actions)
     policy, values = agent(obs_t)  # of all steps at once: acting needs neither
     next_values = agent.value(final_obs)  # where a time limit cut, the task went on [TIME]
@@ -319,9 +322,10 @@ def collect_rollout(agent, envs, obs, args):
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages, [GAE] eq. 16, and returns, their sum with the values; all tensors (T, N)."""
     deltas = rewards + gamma * next_values * (1.0 - terminations) - values
-    advantages, last = torch.empty_like(deltas), torch.zeros_like(deltas[0])
+    decay = gamma * gae_lambda * (1.0 - dones)
+    advantages, last = torch.empty_like(deltas), 0.0
     for t in reversed(range(len(deltas))):
-        advantages[t] = last = deltas[t] + gamma * gae_lambda * (1.0 - dones[t]) * last
+        advantages[t] = last = deltas[t] + decay[t] * last
     return advantages, advantages + values
 
 
@@ -386,7 +390,7 @@ def update(agent, optimizer, rollout: Rollout, kl_coef, args, gradient=minibatch
     kl = average(exact_kl(batch.policy, agent(batch.obs)[0]).mean().detach()).item()
     agent.normalize.update(batch.obs)  # not before: the first ratio is exactly 1
     means = dict(zip(metrics, average(torch.stack(history).mean(0)).tolist()))
-    unexplained = (batch.returns - batch.values).var() / batch.returns.var().clamp(min=1e-8)
+    unexplained = (batch.returns - batch.values).var() / (batch.returns.var() + 1e-8)
     means["losses/explained_variance"] = 1.0 - unexplained.item()
     return means | {"losses/kl": kl, "charts/kl_coef": kl_coef}
 
@@ -417,13 +421,11 @@ def train(args):
             run.save()
     say(f"tensorboard --logdir {run.folder}; python {sys.argv[0]} --evaluate {run.folder}")
     if run.signals:
-        raise KeyboardInterrupt(run.signals[0])
+        raise KeyboardInterrupt(*run.signals)
     return run.mean_return
 
 
-# ==================================================================================================
-#    Everything below is plumbing: it changes nothing of the algorithm.
-# ==================================================================================================
+# ==== PLUMBING: nothing below belongs to the algorithm ============================================
 # ---- evaluation and video ------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(agent, args, videos=None, name="episode"):  # returns, unscaled, and lengths
@@ -441,10 +443,10 @@ def evaluate(agent, args, videos=None, name="episode"):  # returns, unscaled, an
             (obs, _), done = env.reset(seed=args.seed + i), False
             while not done:
                 noise = agent.noise(1) * (not args.deterministic)
-                action = agent.act(torch.from_numpy(obs[None]), noise).numpy()
+                action = agent.sample(*agent.policy(torch.from_numpy(obs[None])), noise).numpy()
                 obs, _, terminated, truncated, _ = env.step(to_space(action, space)[0])
                 done = terminated or truncated
-    return [float(x) for x in env.return_queue], [*env.length_queue]
+    return [*map(float, env.return_queue)], [*env.length_queue]
 
 
 def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside the checkpoint
@@ -456,16 +458,12 @@ def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside 
     name = f"{path.stem}-step-{checkpoint['global_step']}"
     videos = path.parent.parent / "videos" if args.capture_video else None
     returns, lengths = evaluate(agent, args, videos, name)
-    score = f"{np.mean(returns):.2f} ± {np.std(returns):.2f}"
-    print(f"{name}: return {score} in {len(returns)} episodes of {args.env_id}")
-    score = {"args": asdict(args), "returns": returns, "lengths": lengths}
-    path.with_name("eval.json").write_text(json.dumps(score, indent=2))
+    print(f"{name}: return {np.mean(returns):.2f} ± {np.std(returns):.2f}, {len(returns)} episodes")
+    result = {"args": asdict(args), "returns": returns, "lengths": lengths}
+    path.with_name("eval.json").write_text(json.dumps(result, indent=2))
 
 
 # ---- checkpoints, log, signals -------------------------------------------------------------------
-FORMAT = f"{Args.exp_name}, format 4"
-
-
 def checkpoint_path(args):  # of a run, by name or folder; --evaluate may also name the file itself
     path = Path(args.evaluate or args.run_name or "")
     folder = path if len(path.parts) > 1 else "runs" / path
@@ -474,12 +472,11 @@ def checkpoint_path(args):  # of a run, by name or folder; --evaluate may also n
 
 def load_checkpoint(path):  # as plain data: no file can make torch.load run code
     with refusing(f"{path} is no checkpoint of this script", Exception):
-        with zipfile.ZipFile(path) as archive:  # kilobytes must not unpack to gigabytes
-            size = sum(part.file_size for part in archive.infolist())
+        size = sum(part.file_size for part in zipfile.ZipFile(path).infolist())
         require(size <= path.stat().st_size, "it would unpack to more than its size")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         require(checkpoint["format"] == FORMAT, f"it is of {checkpoint['format']}")
-        checkpoint["args"] = TypeAdapter(Args).validate_python(checkpoint["args"])
+        checkpoint["args"] = Args(**checkpoint["args"])
     return checkpoint
 
 
@@ -509,7 +506,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             torch.set_rng_state(self.state["rng"])
             envs.global_step = self.state["global_step"]
         self.state |= {"format": FORMAT, "args": asdict(args)}
-        self.saved_at = self.printed_at = time.monotonic()
+        self.saved_at = time.monotonic()
         self.warm, self.wandb, self.signals, self.handlers = None, None, [], {}
         self.path = checkpoint_path(args)
         self.folder = self.path.parents[1]
@@ -518,26 +515,26 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             return
         with refusing(f"{self.folder} (--resume goes on with a run)", OSError):
             self.path.parent.mkdir(parents=True, exist_ok=args.resume)
-            about = {"args": asdict(args), "torch": torch.__version__}
-            about["git"] = os.popen(f"git describe --always --dirty 2>{os.devnull}").read()
+            commit = os.popen(f"git describe --always --dirty 2>{os.devnull}").read()
+            about = {"args": asdict(args), "torch": torch.__version__, "git": commit}
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
         self.writer = SummaryWriter(str(self.folder), purge_step=envs.global_step + 1)
         self.csv = open(self.folder / "episodes.csv", "a", buffering=1)  # line by line
         self.csv.truncate(self.state["csv_size"])  # what came after the checkpoint comes again
         self.csv.write("" if self.state["csv_size"] else "global_step,wall_time,return,length\n")
         if args.track:
-            self.start_wandb({"project": args.wandb_project_name, "entity": args.wandb_entity})
+            self.start_wandb(args)
 
-    def start_wandb(self, options):  # a run named as its folder; never a prompt
+    def start_wandb(self, args):  # a run named as its folder; never a prompt
         import wandb
 
         with refusing("--track", Exception):
-            logged_in = "WANDB_MODE" in os.environ or wandb.login(prompt=False)
-            if not logged_in:
+            mode = None if "WANDB_MODE" in os.environ or wandb.login(prompt=False) else "offline"
+            if mode:
                 say("W&B: this run is kept offline; wandb login before the next one")
-            options |= {"id": self.state["wandb_id"], "name": self.folder.name}
-            options |= {"dir": self.folder, "resume": "allow", "config": asdict(self.args)}
-            self.wandb = wandb.init(**options, mode=None if logged_in else "offline")
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            what = {"name": self.folder.name, "id": self.state["wandb_id"], "resume": "allow"}
+            self.wandb = wandb.init(**where, **what, config=asdict(args), mode=mode)
 
     def goes_on(self):
         target, full = self.args.target_return, len(self.state["returns"]) == 100
@@ -557,7 +554,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         if self.warm:
             metrics["charts/SPS"] = speed = (step - self.warm[1]) / (now - self.warm[0])
         else:  # the first iteration compiles; from here on there is something to save
-            self.warm = now, step
+            self.warm, self.printed_at = (now, step), now
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.note_signal)
         self.log(step, metrics)
@@ -612,14 +609,10 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.csv.close()
             self.writer.close()
         if self.wandb:
-            self.wandb.finish(int(sys.exc_info()[0] is not None))
+            self.wandb.finish(int(any(sys.exc_info())))
 
 
 # ---- speed and torchrun --------------------------------------------------------------------------
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; each has a part of the environments
-RANK = int(os.environ.get("RANK", 0))  # number of this process, from 0 on
-
-
 def average(x):  # over all processes, in place
     if WORLD_SIZE > 1:
         distributed.all_reduce(x)
@@ -631,12 +624,12 @@ def gather(items):  # of all processes, in order of rank
     lists = [items] * WORLD_SIZE
     if WORLD_SIZE > 1:
         distributed.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
+    return sum(lists, [])
 
 
 def make_optimizer(agent, args):  # all parameters become views of one vector: faster to update
     trained = [p for p in agent.parameters() if p.requires_grad]
-    vector = nn.Parameter(nn.utils.parameters_to_vector(trained).detach())
+    vector = nn.Parameter(nn.utils.parameters_to_vector(trained))
     nn.utils.vector_to_parameters(vector, trained)
     optimizer = torch.optim.Adam([vector], lr=args.learning_rate, eps=1e-5, fused=True)
     vector.grad = torch.zeros_like(vector)
@@ -660,6 +653,24 @@ def compiled(function, args, device):  # as a CUDA graph on a GPU; as it is wher
             return function(*inputs)
 
     return call if args.compile else function
+
+
+def fast_policy(agent, obs):  # agent.policy, in NumPy where that gives the same: less to call
+    with suppress(Exception):  # of another Agent or device
+        mean, var = agent.normalize.mean.numpy(), agent.normalize.var.numpy()
+        weights = [x.detach().numpy() for x in agent.actor.parameters()]
+
+        def policy(obs):
+            x = ((obs.numpy() - mean) / np.sqrt(var + 1e-8)).clip(-10.0, 10.0)
+            for weight, bias in zip(weights[::2], weights[1::2]):
+                output = x @ weight.T + bias
+                x = np.tanh(output)
+            return torch.from_numpy(output), agent.log_std
+
+        torch.testing.assert_close(policy(obs), agent.policy(obs))
+        return policy
+    warnings.warn("acting in PyTorch, which is slower on a CPU")  # once
+    return agent.policy
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -687,20 +698,17 @@ def say(line, file=None):
 
 
 def prepare(args):  # refuses what cannot work, prepares torch, returns the device
-    with refusing("arguments", ValueError):
-        valid = TypeAdapter(Args).validate_python(asdict(args))  # types and ranges
-    vars(args).update(vars(valid))
+    replace(args)  # checks types and ranges of what was set since
     problems = {
         "minibatches must be of equal size": args.batch_size % (args.num_minibatches * WORLD_SIZE),
-        "total_timesteps is less than num_envs x num_steps": args.num_iterations == 0,
+        "total_timesteps is less than num_envs x num_steps": not args.num_iterations,
         "gamma and gae_lambda must be at most 1": max(args.gamma, args.gae_lambda) > 1,
         "num_envs must be a multiple of the number of processes": args.num_envs % WORLD_SIZE,
-        "norm_adv needs two transitions in a minibatch": args.norm_adv
-        and args.minibatch_size < 2 * WORLD_SIZE,
+        "norm_adv needs larger minibatches": args.norm_adv and args.minibatch_size < 2 * WORLD_SIZE,
         "resume needs the run_name to go on with": args.resume and not args.run_name,
     }
-    found = [problem for problem, wrong in problems.items() if wrong]
-    require(not found, f"arguments: {found}")
+    for problem, found in problems.items():
+        require(not found, problem)
     default = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}"
     args.run_name = args.run_name or default.replace("/", "-")
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
@@ -708,9 +716,8 @@ def prepare(args):  # refuses what cannot work, prepares torch, returns the devi
         device = torch.empty(0, device=name).device
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         store, *_ = next(distributed.rendezvous("env://"))  # a restart must not see its old keys
-        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+        store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        distributed.init_process_group(store=store, rank=RANK, world_size=WORLD_SIZE)
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # more only slow such small layers down
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -718,16 +725,13 @@ def prepare(args):  # refuses what cannot work, prepares torch, returns the devi
     return device
 
 
-CLEANRL = """Of CleanRL's, --cuda is --device here, --save-model is always on, --x False is --no-x,
-and --clip-coef is for ppo_continuous.py."""
-
-
 def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch.compile may swallow a KeyboardInterrupt
     try:
-        args, unknown = tyro.cli(Args, return_unknown_args=True, add_help=False)
-        wrong = {*unknown} - {"-h", "--help"}
-        require(not wrong, f"unknown {wrong}; --help lists the options. {CLEANRL}")
+        args, unknown = tyro.cli(Args, return_unknown_args=True)
+        hint = "of CleanRL's, --cuda is --device, --save-model always on, --x False --no-x"
+        other = "--clip-coef is for ppo_continuous.py, --kl-coef for ppo_kl_penalty.py"
+        require(not unknown, f"unknown {unknown}, see --help; {hint}; {other}")
         path, before = checkpoint_path(args), Args()
         if args.evaluate or (args.resume and path.exists()):
             before = replace(load_checkpoint(path)["args"], resume=False, capture_video=False)
@@ -739,7 +743,7 @@ def main():
         say(f"error: {refusal}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        sys.exit(128 + (interrupt.args or [signal.SIGINT])[0])
+        sys.exit(128 + (*interrupt.args, signal.SIGINT)[0])
 
 
 if __name__ == "__main__":

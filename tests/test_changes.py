@@ -1,5 +1,6 @@
 """What a reader changes still learns, compiled and not; and the same seed gives the same run."""
 
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +11,7 @@ from test_ppo import CASES, FakeEnvs, close, over
 from torch import nn
 
 import ppo_atari
-import ppo_continuous
+import ppo_kl_penalty
 
 
 class Dropout(nn.Dropout):
@@ -20,7 +21,9 @@ class Dropout(nn.Dropout):
 
 
 def change(agent, what):
-    mlp = partial(ppo_continuous.mlp, 3, gain=1.0, hidden=(8,))
+    def mlp(outputs):
+        return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, outputs))
+
     match what:
         case "hidden":
             agent.actor, agent.critic = mlp(agent.act_size), mlp(1)
@@ -45,7 +48,7 @@ UNMOVED = {"unused": ("unused",), "frozen": ("actor.0.", "network."), "std": ("l
 
 def policy_with_std(agent, obs):
     mean, log_std = agent.actor(agent.normalize(obs)).chunk(2, -1)
-    return mean, log_std.clamp(-5.0, 2.0).exp()
+    return mean, log_std.clamp(-5.0, 2.0)
 
 
 def learn(monkeypatch, case, *changes, envs=None, **args):
@@ -62,8 +65,14 @@ def learn(monkeypatch, case, *changes, envs=None, **args):
         agents.append((agent, {k: x.detach().clone() for k, x in agent.named_parameters()}))
         return original(agent, args)
 
-    def update(*inputs, original=script.update):
-        logged.append(original(*inputs))
+    def update(agent, optimizer, rollout, *rest, original=script.update):
+        batch = script.Rollout(*(x.flatten(0, 1) for x in rollout))
+        with torch.no_grad():
+            policy, _ = agent(batch.obs)  # that of the rollout
+        close(policy.log_prob(batch.actions), batch.logprobs)
+        if script is ppo_kl_penalty:
+            assert script.exact_kl(batch.policy, policy).max() < 1e-5
+        logged.append(original(agent, optimizer, rollout, *rest))
         return dict(logged[-1])
 
     env_id = "Pendulum-v1" if isinstance(case.action_space, Box) else "CartPole-v1"
@@ -93,9 +102,11 @@ ALONE += [("kl-box", x) for _, x in ALONE] + [("atari", x) for x in ("unused", "
 
 @pytest.mark.parametrize("name, what", ALONE)
 def test_a_change_learns_without_compiling(name, what, monkeypatch, here):
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail)
-    _, logged, _ = learn(monkeypatch, CASES[name], what, compile=False)
-    assert len(logged) == 3
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda *_: pytest.fail("compiled"))
+    with warnings.catch_warnings(record=True) as caught:
+        learn(monkeypatch, CASES[name], what, compile=False)
+    slower = [x for x in caught if "acting in PyTorch" in str(x.message)]
+    assert len(slower) == (what in ("relu", "std", "raw"))  # not what NumPy does; once
 
 
 TOGETHER = {  # the first one as users compile it, the others without the minute that C++ takes
@@ -139,7 +150,7 @@ def test_changes_learn_compiled(name, monkeypatch, here, capsys):
         _, logged, _ = learn(monkeypatch, case, *changes)
         _, again, _ = learn(monkeypatch, case, *changes, run_name="again")
     assert logged == again
-    assert calls.count("minibatch_gradient") == 2 * 3 * 4
+    assert len(calls) == 2 * 3 * (4 + 8 * (name == "atari"))  # minibatches, and steps
     assert counters["stats"]["unique_graphs"] == len({*calls})
     assert "slower without" not in capsys.readouterr().out
 
@@ -152,12 +163,11 @@ def test_without_a_compiler_it_learns_the_same(monkeypatch, here, capsys):
         raise RuntimeError("no C++ compiler\nbut a long\ntrace")
 
     _, expected, _ = learn(monkeypatch, CASES["kl-box"], compile=False)
-    assert "slower" not in capsys.readouterr().out
     monkeypatch.setattr(torch, "compile", lambda function, **options: no_compiler)
     _, found, _ = learn(monkeypatch, CASES["kl-box"], run_name="slow")
     assert found == expected and len(tries) == 1
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "slower" in x]
-    assert line.startswith("slower without torch.compile: ") and "no C++ compiler" in line
+    assert line.startswith("slower without torch.compile: ") and "trace" in line
 
 
 @over("atari", "box", "kl-discrete")
@@ -166,5 +176,4 @@ def test_the_same_seed_gives_the_same_run(case, monkeypatch, here):
     for name, seed in {"one": 1, "same": 1, "other": 2}.items():
         agent, logged, _ = learn(monkeypatch, case, run_name=name, seed=seed)
         learned.append((nn.utils.parameters_to_vector(agent.parameters()).tolist(), logged))
-    assert learned[0] == learned[1]
-    assert learned[0][0] != learned[2][0] and learned[0][1] != learned[2][1]
+    assert learned[0] == learned[1] != learned[2]

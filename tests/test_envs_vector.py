@@ -122,9 +122,13 @@ ACTIONS = {  # space, what the policy sampled for each environment, what they sh
     "clipped": (Box(*BOUNDS), [[-3.0, -0.5], [0.25, 7.0]], [[-1.0, 0.0], [0.25, 7.0]]),
     "float64": (Box(-0.1, 0.1, (1,), np.float64), [[0.5], [-0.0625]], [[0.1], [-0.0625]]),
     "float16": (Box(-1.0, 1.0, (1,), np.float16), [[0.5], [-7.0]], [[0.5], [-1.0]]),
-    "whole": (WHOLE, [[0.4, 0.6], [-7.0, 9.0], [1.7, 2.2]], [[0, 1], [0, 3], [2, 2]]),
+    "whole": (
+        WHOLE,
+        [[0.4, 0.6], [-7.0, 9.0], [1.7, 2.2]],
+        [[0, 0], [0, 3], [1, 2]],
+    ),  # without what follows the point
     "far": (FAR, [[1.0]], [[2**62]]),
-    "bytes": (Box(0, 255, (2,), np.uint8), [[-1.0, 3.7]], [[0, 4]]),
+    "bytes": (Box(0, 255, (2,), np.uint8), [[-1.0, 3.7]], [[0, 3]]),
     "bool": (Box(0, 1, (2,), bool), [[-2.0, 0.7]], [[False, True]]),
     "0-d": (Box(-1.0, 1.0, ()), [[0.25], [2.0]], [0.25, 1.0]),
     "2-d": (Box(-1.0, 0.5, (2, 3)), GRID, GRID.reshape(1, 2, 3).clip(-1.0, 0.5)),
@@ -148,7 +152,7 @@ def test_actions_fit_their_space(script, name):
         assert (got.dtype, got.shape) == (space.dtype, space.shape)
         np.testing.assert_array_equal(got, np.array(want, space.dtype))
     agent = script.Agent(made.observation_space, made.action_space)
-    assert agent.act(obs, agent.noise(len(obs))).shape == sampled.shape
+    assert agent.sample(*agent.policy(obs), agent.noise(len(obs))).shape == sampled.shape
 
 
 NESTED = Dict(z=Discrete(3, start=5), a=Dict(x=Box(0, 255, (2, 2), np.uint8)), b=MultiBinary(2))
@@ -207,7 +211,7 @@ WRONG = {  # what becomes wrong after which step, where the limit of an episode 
     "observation": ("obs", becomes(np.nan, 3), 3),
     "infinite": ("obs", becomes(-np.inf, 3), 3),
     "last observation": ("obs", becomes(np.nan, 4), 4),
-    "first observation": ("obs", becomes(np.nan, 0), 4),
+    "first observation": ("obs", becomes(np.nan, 0), 0),
     "reward": ("reward", becomes(np.nan, 3), 3),
 }
 
@@ -223,7 +227,7 @@ def test_numbers_that_are_not_finite(script, name):
         return usual + np.float32(wrong(self) if self.name == SECOND else 0.0)
 
     shown = {"obs": "observation", "reward": "reward"}[what]
-    with pytest.raises(script.Refusal, match=f"environment 1, after {when} .*{shown}"):
+    with pytest.raises(script.Refusal, match=f"environment 1, step {when}: .*{shown}"):
         play(script, envs.register(limit=envs.LIMIT, **{what: second}), 4)
 
 
@@ -362,7 +366,7 @@ def test_scaled_rewards(script):
     rng = np.random.default_rng(5)
     rewards, dones = rng.normal(2.0, 3.0, (12, 3)), rng.random((12, 3)) < 0.3
     rewards[0] = 1.0, 1.0, 1.0
-    with opened(script, envs.register(), 3, gamma=0.9) as made:
-        parts = [made.scale_rewards(rewards[t], dones[t]) for t in (slice(7), slice(7, 12))]
+    with opened(script, envs.register(), 3) as made:
+        parts = [made.scale_rewards(rewards[t], dones[t], 0.9) for t in (slice(7), slice(7, 12))]
     np.testing.assert_allclose(np.concatenate(parts), scaled(rewards, dones, 0.9), rtol=1e-6)
     assert (parts[0][0] == 10.0).all()

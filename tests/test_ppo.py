@@ -40,6 +40,7 @@ class Case(NamedTuple):  # a script on one kind of observations and actions
         agent = self.script.Agent(self.observation_space, self.action_space)
         last = agent.actor if self.script is ppo_atari else agent.actor[-1]
         last.weight.data *= 200.0
+        last.bias.data.copy_(torch.linspace(1.0, -1.0, len(last.bias)))
         if isinstance(self.action_space, Box):
             agent.log_std.data.copy_(torch.tensor([-0.7, 0.4]))
         if self.script is not ppo_atari:
@@ -60,9 +61,7 @@ class FakeEnvs:  # in place of Envs: random, whatever one does, with ends of bot
         self.global_step, self.shown, self.taken, self.steps = 0, [], [], []
 
     def observe(self):
-        high = 4.0 if self.observation_space.dtype == np.float32 else 255.0
-        obs = self.random.uniform(0.0, high, (self.args.num_envs, *self.observation_space.shape))
-        return obs.astype(self.observation_space.dtype)
+        return self.case.random_obs(self.args.num_envs).numpy()
 
     def reset(self):
         self.shown.append(self.observe())
@@ -80,7 +79,7 @@ class FakeEnvs:  # in place of Envs: random, whatever one does, with ends of bot
         self.global_step += n
         return self.steps[-1]
 
-    def scale_rewards(self, rewards, dones):
+    def scale_rewards(self, rewards, dones, gamma):
         return rewards / 2.0
 
 
@@ -121,7 +120,7 @@ close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 
 
 # γ = λ = 1/2, rewards 1, 2, 3, values 4, 5, 6; of each case V(s_{t+1}), terminations, dones, A
-HAND_COMPUTED = [
+HAND_COMPUTED = [  # each in an environment of its own: they do not mix
     # goes on: δ = 1 + 5/2 − 4, 2 + 6/2 − 5, 3 + 8/2 − 6 = −1/2, 0, 1; A1 = 1/4, A0 = −1/2 + 1/16
     ([5, 6, 8], [0, 0, 0], [0, 0, 0], [-0.4375, 0.25, 1]),
     # terminal: δ1 = 2 − 5 = −3 without the value beyond, A1 = −3, A0 = −1/2 − 3/4
@@ -133,7 +132,6 @@ HAND_COMPUTED = [
 
 @over_scripts
 def test_gae_by_hand(case):
-    """One environment for each case: they do not mix."""
     columns = [torch.tensor(x, dtype=torch.float32).T for x in zip(*HAND_COMPUTED)]
     next_values, terminations, dones, expected = columns
     rewards, values = torch.tensor([[1.0, 2, 3], [4, 5, 6]])[..., None].expand(2, 3, 3)
@@ -193,31 +191,29 @@ def test_a_rollout_is_what_the_agent_did_and_saw(case):
 @over_cases
 @torch.no_grad()
 def test_actions_follow_the_policy(case):
-    """Within 5 standard errors, and one says nothing of the next step or environment."""
-    agent, args = case.agent(), case.args(num_envs=64, num_steps=48)
-    envs, obs, count = FakeEnvs(case, args, 0), case.random_obs(1), 64 * 48
-    envs.observe = lambda: obs.expand(64, *obs.shape[1:]).numpy()
+    """Within 4 standard errors, and one says nothing of the next step or environment."""
+    agent, args = case.agent(), case.args(num_envs=96, num_steps=48)
+    envs, obs, count = FakeEnvs(case, args, 0), case.random_obs(1), 96 * 48
+    envs.observe = lambda: obs.expand(96, *obs.shape[1:]).numpy()
     rollout, _ = case.script.collect_rollout(agent, envs, torch.from_numpy(envs.reset()), args)
     (policy, _), x = agent(obs), rollout.actions
     if isinstance(case.action_space, Discrete):
         x, mean = nn.functional.one_hot(x, 3).float(), policy.probs
         variance = mean * (1.0 - mean)
-        assert (mean - 1 / 3).abs().max() > 0.1  # equal chances would not do
     else:
         mean, variance = policy.mean, policy.variance
         within = ((x - mean).abs() < variance.sqrt()).float().mean((0, 1))
-        assert ((within - 0.6827).abs() < 5.0 * (0.6827 * 0.3173 / count) ** 0.5).all()
+        assert ((within - 0.6827).abs() < 4.0 * (0.6827 * 0.3173 / count) ** 0.5).all()
     z = (x - mean) / variance.sqrt()
     for zero in (z, z[1:] * z[:-1], z[:, 1:] * z[:, :-1]):
-        assert zero.mean((0, 1)).abs().max() < 5.0 / count**0.5
-
-
-@over_cases
-@torch.no_grad()
-def test_without_noise_the_likeliest_action_is_played(case):
-    agent, obs = case.agent(), case.random_obs(20)
-    found = agent.act(obs, torch.zeros_like(agent.noise(20)))
-    assert torch.equal(found[0] if case.script is ppo_atari else found, agent(obs)[0].mode)
+        assert zero.mean((0, 1)).abs().max() < 4.0 / count**0.5
+    obs = case.random_obs(20)
+    noise = torch.zeros_like(agent.noise(20))  # without any, the likeliest
+    if case.script is ppo_atari:
+        found, *_ = agent.act(obs, noise)
+    else:
+        found = agent.sample(*agent.policy(obs), noise)
+    assert torch.equal(found, agent(obs)[0].mode)
 
 
 # ε = 0.2; ratio, advantage, objective, its derivative by the ratio
@@ -284,8 +280,8 @@ def test_exact_kl_is_that_of_torch(scale):
 
 def test_adapt_kl_coef():  # d_targ = 0.75 puts the thresholds at 0.5 and 1.125, exact in binary
     kls = [0.0, nextafter(0.5, 0.0), 0.5, 0.75, 1.125, nextafter(1.125, 2.0), 100.0]
-    found = [ppo_kl_penalty.adapt_kl_coef(3.0, kl, 0.75) for kl in kls]
-    assert found == [1.5, 1.5, 3.0, 3.0, 3.0, 6.0, 6.0]
+    coefs = [1.5, 1.5, 3.0, 3.0, 3.0, 6.0, 6.0]
+    assert [ppo_kl_penalty.adapt_kl_coef(3.0, kl, 0.75) for kl in kls] == coefs
 
 
 def reference_loss(case, agent, mb, args, kl_coef):
@@ -305,15 +301,15 @@ def reference_loss(case, agent, mb, args, kl_coef):
     else:
         low, high = 1.0 - args.clip_coef, 1.0 + args.clip_coef
         objective = torch.where(a > 0, ratio.clamp(max=high), ratio.clamp(min=low)) * a
-        logged["clipfrac"] = ((ratio < low) | (ratio > high)).float().mean()
         if args.clip_vloss:
             near = torch.clamp(values, mb.values - args.clip_coef, mb.values + args.clip_coef)
             errors = torch.maximum(errors, (near - mb.returns) ** 2)
-    logged |= {"policy_loss": -objective.mean(), "value_loss": errors.mean() / 2}
-    logged |= {"entropy": entropy.mean(), "old_approx_kl": -ratio.log().mean()}
-    logged |= {"approx_kl": (ratio - 1.0 - ratio.log()).mean()}
-    loss = logged["policy_loss"] + args.vf_coef * logged["value_loss"]
-    loss = loss - args.ent_coef * logged["entropy"]
+        logged["clipfrac"] = ((ratio < low) | (ratio > high)).float().mean()
+        logged["old_approx_kl"] = -ratio.log().mean()
+        logged["approx_kl"] = (ratio - 1.0 - ratio.log()).mean()
+    logged |= {"policy_loss": -objective.mean(), "entropy": entropy.mean()}
+    logged |= {"value_loss": errors.mean() / 2}
+    loss = logged["policy_loss"] - args.ent_coef * entropy.mean() + args.vf_coef * errors.mean() / 2
     return loss, {f"losses/{name}": x for name, x in logged.items()}
 
 
@@ -331,7 +327,7 @@ def test_minibatch_loss_is_that_of_the_paper(case, norm_adv, clip_vloss):
     mb = type(rollout)(*(x.flatten(0, 1) for x in rollout._replace(**moved)))
     found, metrics = case.script.minibatch_loss(agent, mb, *beta, args)
     expected, logged = reference_loss(case, agent, mb, args, 0.6)
-    close((found, metrics), (expected, {name: logged[name] for name in metrics}))
+    close((found, metrics), (expected, logged))
     assert 0.1 < logged.get("losses/clipfrac", 0.5) < 0.9
     parameters = list(agent.parameters())
     close(torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters))
@@ -360,7 +356,7 @@ def reference_update(case, agent, adam, rollout, args, kl_coef, norms):
 @over_cases
 def test_update_is_adam_on_minibatches(case):
     """Over three rollouts; the normalisation learns after the networks, or π_old was another."""
-    args = case.args(learning_rate=1e-3, max_grad_norm=2.35, ent_coef=0.1)
+    args = case.args(learning_rate=1e-3, max_grad_norm=1.8, ent_coef=0.1)
     script, agent = case.script, case.agent()
     beta, slow, start = [0.5] * (script is ppo_kl_penalty), copy.deepcopy(agent), vector(agent)
     optimizer, norms = script.make_optimizer(agent, args), []
@@ -371,25 +367,23 @@ def test_update_is_adam_on_minibatches(case):
         metrics = script.update(agent, optimizer, rollout, *beta, args, gradient)
         torch.manual_seed(seed)
         expected = reference_update(case, slow, adam, rollout, args, 0.5, norms)
-        expected = {name: expected[name] for name in metrics}
         assert metrics == pytest.approx(expected, rel=1e-3, abs=1e-4)
         change = vector(slow) - start
         assert (vector(agent) - start - change).norm() < 2e-3 * change.norm()
         if script is not ppo_atari:
             slow.normalize.update(rollout.obs.flatten(0, 1))
             close(list(agent.normalize.buffers()), list(slow.normalize.buffers()))
-    assert min(norms) < 2.35 < max(norms)
+    assert min(norms) < 1.8 < max(norms)
 
 
 @over("atari", "box")
 @pytest.mark.parametrize("target_kl, epochs", [(None, 5), (0.5, 5), (0.025, 3), (0.005, 1)])
 def test_target_kl_leaves_out_the_remaining_epochs(case, target_kl, epochs):
-    """approx_kl is made to be 0.01 in the first epoch, 0.02 in the second and so on."""
     args, agent, calls = case.args(update_epochs=5, target_kl=target_kl), case.agent(), []
     optimizer = case.script.make_optimizer(agent, args)
 
     def gradient(agent, *inputs):
-        calls.append(0.01 * (1 + len(calls) // 4))
+        calls.append(0.01 * (1 + len(calls) // 4))  # 0.02 in the second epoch, and so on
         return torch.zeros_like(vector(agent)), {"losses/approx_kl": torch.tensor(calls[-1])}
 
     metrics = case.script.update(agent, optimizer, case.rollout(agent, args), args, gradient)

@@ -28,12 +28,12 @@ MAX_FUNCTION, MAX_NESTING, MAX_DIFF = 50, 3, 90
 
 # All that is in several scripts and not the same in them, by why; what is in one alone is its own.
 DIFFERENCES = {
-    "each says what it is, imports what it uses": "docstring imports Args.exp_name CLEANRL",
+    "each says what it is, imports what it uses": "docstring imports Args.exp_name FORMAT",
     "hyper-parameters of [PPO] for Atari": "Args.env_id Args.total_timesteps Args.num_steps"
     " Args.learning_rate Args.num_minibatches Args.update_epochs Args.clip_coef Args.ent_coef",
     "a GPU pays for the convolutional network only": "Args.device Args.compile prepare",
     "another simulator": "Step.final_obs make_env Envs Envs.__init__ Envs.reset Envs.step evaluate",
-    "another network": "Agent Agent.__init__ Agent.forward Agent.value Agent.noise Agent.act"
+    "another network": "Agent Agent.__init__ Agent.forward Agent.value Agent.noise"
     " evaluate_checkpoint",
     "another objective": "minibatch_loss minibatch_gradient",
     "another network, another objective": "collect_rollout update train Run.__init__",
@@ -140,7 +140,7 @@ def test_sections_are_those_of_the_docstring(name):
     assert contents == [x for x in titles if x.isupper()] + ["PLUMBING"]
     assert titles[: len(contents) - 1] == contents[:-1]  # the others come below the divider
     assert {len(rule) for rule in rules} == {MAX_COLUMNS}
-    divider = lines.index("#    Everything below is plumbing: it changes nothing of the algorithm.")
+    divider = lines.index(f"# ==== PLUMBING: nothing below belongs to the algorithm {'=' * 44}")
     *_, last = (x for x in TREES[name].body if x.end_lineno <= divider)
     assert last.name == "train" and divider < lines.index(rules[len(contents) - 1])
 
