@@ -70,7 +70,7 @@ class Args:
     exp_name: str = "ppo_atari"  # part of the default run name
     resume: bool = False  # go on with RUN_NAME from its checkpoint, or start it where there is none
     evaluate: str | None = None  # only play: the name of a run, its folder or a checkpoint file
-    # the algorithm
+    # the algorithm; the numbers after the semicolons are usual values, not limits
     num_envs: PositiveInt = 8  # N, environments stepped together; 1 to 64
     num_steps: PositiveInt = 128  # T, steps of each environment per rollout; 32 to 2048
     learning_rate: NonNegativeFloat = 2.5e-4  # step size of Adam; 1e-4 to 1e-3
@@ -100,7 +100,7 @@ class Args:
     capture_video: bool = False  # record an episode at each checkpoint, or those of --evaluate
     render: bool = False  # show the episodes of --evaluate in a window
     eval_episodes: PositiveInt = 10  # episodes of --evaluate
-    deterministic: bool = False  # play the likeliest actions instead of samples
+    deterministic: bool = False  # play the likeliest actions in --evaluate and videos
 
     batch_size = property(lambda self: self.num_envs * self.num_steps)  # B
     minibatch_size = property(lambda self: self.batch_size // self.num_minibatches)  # M
@@ -217,9 +217,7 @@ class Agent(nn.Module):
         policy = Categorical(logits=self.actor(hidden.float()))
         return policy, self.critic(value_hidden.float()).squeeze(-1)
 
-    def noise(
-        self, *shape
-    ):  # Gumbel (*shape, actions), from the CPU: one generator to seed and save
+    def noise(self, *shape):  # (*shape, actions), always of the CPU's generator, which is saved
         return -torch.empty(*shape, self.actor.out_features).exponential_().log()
 
     def act(self, obs, noise):  # actions (N,), their log-probabilities and V(s)
@@ -237,11 +235,11 @@ class Rollout(NamedTuple):
     logprobs: Tensor  # (T, N) log π_old(a_t | s_t)
     rewards: Tensor  # (T, N)
     values: Tensor  # (T, N) V(s_t)
-    next_values: Tensor  # (T, N) V(s_{t+1}), of the last observation where a time limit cut
+    next_values: Tensor  # (T, N) V(s_{t+1}); at the end of an episode, of its last observation
     terminations: Tensor  # (T, N) 1.0 where s_{t+1} is terminal: no value beyond
     dones: Tensor  # (T, N) 1.0 where the episode ended, by termination or by time limit
     advantages: Tensor  # (T, N)
-    returns: Tensor  # (T, N) of values: the targets of the critic
+    returns: Tensor  # (T, N) advantages + values: what the critic learns
 
 
 @torch.no_grad()
@@ -266,7 +264,7 @@ def collect_rollout(agent, envs, obs, args, act=Agent.act):
     next_values = torch.cat([values[1:], agent.value(obs)[None]])
     for t, value in final_values.items():
         next_values[t] = torch.where(dones[t] > terminations[t], value, next_values[t])
-    outcome = rewards, values, next_values, terminations, dones
+    outcome = rewards, values, next_values, terminations, dones  # as in Rollout and compute_gae
     advantages, returns = compute_gae(*outcome, args.gamma, args.gae_lambda)
     return Rollout(obs_t, actions, logprobs, *outcome, advantages, returns), obs
 
@@ -288,7 +286,7 @@ def policy_loss(logratio, advantages, clip_coef):  # (M,)
     return -torch.min(ratio * advantages, clipped * advantages).mean()
 
 
-def value_loss(value, old_value, returns, clip_coef):  # (M,)
+def value_loss(value, old_value, returns, clip_coef):  # (M,); clip_coef None: without clipping
     """Half the squared error of V, or of V within ±ε of the old one where that is worse [37]."""
     error = (value - returns).square()
     if clip_coef is not None:
@@ -307,7 +305,7 @@ def minibatch_loss(agent, mb: Rollout, args):
     pg_loss = policy_loss(logratio, advantages, args.clip_coef)
     v_loss = value_loss(values, mb.values, mb.returns, args.clip_coef if args.clip_vloss else None)
     entropy = policy.entropy().mean()
-    ratio = logratio.exp()
+    ratio = logratio.exp()  # for the log only
     metrics = {
         "losses/policy_loss": pg_loss,
         "losses/value_loss": v_loss,
@@ -319,9 +317,9 @@ def minibatch_loss(agent, mb: Rollout, args):
     return pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss, metrics
 
 
-def minibatch_gradient(agent, batch, rows, args):  # one vector, clipped; compiled
+def minibatch_gradient(agent, batch, rows, args):  # one vector, clipped; compiled by train
     loss, metrics = minibatch_loss(agent, Rollout(*(x[rows] for x in batch)), args)
-    trained = [p for p in agent.parameters() if p.requires_grad]
+    trained = [p for p in agent.parameters() if p.requires_grad]  # as in make_optimizer
     gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
     gradient = average(torch.cat([x.flatten() for x in gradients]))
     metrics["losses/grad_norm"] = norm = gradient.norm()
@@ -329,19 +327,19 @@ def minibatch_gradient(agent, batch, rows, args):  # one vector, clipped; compil
     return gradient, {name: metric.detach() for name, metric in metrics.items()}
 
 
-def update(agent, optimizer, rollout: Rollout, args, gradient=minibatch_gradient):
+def update(agent, optimizer, rollout: Rollout, args, get_gradient=minibatch_gradient):
     """Learns from one rollout in epochs of minibatches; returns the means of what is logged."""
     agent.train()
     batch = Rollout(*(x.flatten(0, 1) for x in rollout))  # (B, …)
-    vector, history = optimizer.param_groups[0]["params"][0], []  # all parameters in one
+    vector, history = optimizer.param_groups[0]["params"][0], []  # all parameters are its views
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in order.chunk(args.num_minibatches):
-            vector.grad, metrics = gradient(agent, batch, rows, args)  # as backward()
+            vector.grad, metrics = get_gradient(agent, batch, rows, args)  # no backward()
             optimizer.step()
-            history.append(torch.stack(list(metrics.values())))  # copies what a CUDA graph returned
+            history.append(torch.stack(list(metrics.values())))  # copied before the next call
         if args.target_kl is not None and average(metrics["losses/approx_kl"]) > args.target_kl:
-            break
+            break  # that of the last minibatch
     means = dict(zip(metrics, average(torch.stack(history).mean(0)).tolist()))
     unexplained = (batch.returns - batch.values).var() / (batch.returns.var() + 1e-8)
     means["losses/explained_variance"] = 1.0 - unexplained.item()
@@ -361,11 +359,11 @@ def train(args):
         optimizer = make_optimizer(agent, args)
         act = compiled(Agent.act, args, device)
         gradient = compiled(minibatch_gradient, args, device)
-        with closing(Run(args, checkpoint, agent, optimizer, envs)) as run:
+        with closing(Run(args, checkpoint, agent, optimizer, envs)) as run:  # and restores them
             obs = torch.from_numpy(envs.reset()).to(device)
             while run.goes_on():
-                done = envs.global_step / (args.num_iterations * args.batch_size)
-                lr = args.learning_rate * (1.0 - done * args.anneal_lr)
+                progress = envs.global_step / (args.num_iterations * args.batch_size)
+                lr = args.learning_rate * (1.0 - progress * args.anneal_lr)
                 optimizer.param_groups[0]["lr"] = lr
                 rollout, obs = collect_rollout(agent, envs, obs, args, act)
                 metrics = update(agent, optimizer, rollout, args, gradient)
@@ -423,7 +421,7 @@ def checkpoint_path(args):  # of a run, by name or folder; --evaluate may also n
 
 def load_checkpoint(path):  # as plain data: no file can make torch.load run code
     with refusing(f"{path} is no checkpoint of this script", Exception):
-        size = sum(part.file_size for part in zipfile.ZipFile(path).infolist())
+        size = sum(part.file_size for part in zipfile.ZipFile(path).infolist())  # unpacked
         require(size <= path.stat().st_size, "it would unpack to more than its size")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         require(checkpoint["format"] == FORMAT, f"it is of {checkpoint['format']}")
@@ -431,7 +429,7 @@ def load_checkpoint(path):  # as plain data: no file can make torch.load run cod
     return checkpoint
 
 
-def restore(own, saved):  # copies tensors and plain values into `own`; refuses what does not fit
+def restore(own, saved):  # into `own`: tensors in place, plain values; refuses what does not fit
     with refusing("the checkpoint does not fit", Exception):
         for name, value in own.items():
             if isinstance(value, dict):
@@ -447,20 +445,20 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
     mean_return = property(lambda self: float(np.mean(self.state["returns"] or nan)))
 
     def __init__(self, args, checkpoint, agent, optimizer, envs):
-        self.args, self.agent, self.envs = args, agent, envs  # live tensors are saved and restored:
+        self.args, self.agent, self.envs = args, agent, envs
         self.state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()["state"][0]}
         self.state |= {"returns": [], "best": -inf, "global_step": 0, "csv_size": 0}
         self.state |= {"rng": torch.get_rng_state(), "wandb_id": os.urandom(4).hex()}
         if checkpoint:
-            restore(self.state, checkpoint)
+            restore(self.state, checkpoint)  # into the tensors that are trained: state shares them
             torch.set_rng_state(self.state["rng"])
             envs.global_step = self.state["global_step"]
         self.state |= {"format": FORMAT, "args": asdict(args)}
         self.saved_at = time.monotonic()
-        self.warm, self.wandb, self.signals, self.handlers = None, None, [], {}
+        self.started, self.wandb, self.signals, self.handlers = None, None, [], {}
         self.path = checkpoint_path(args)
         self.folder = self.path.parents[1]
-        if RANK > 0:  # the same agent, but other actions and minibatches
+        if RANK > 0:  # the same agent, but other actions and minibatches; it writes nothing
             torch.manual_seed(args.seed + envs.global_step + RANK)
             return
         with refusing(f"{self.folder} (--resume goes on with a run)", OSError):
@@ -501,10 +499,10 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.log(step, row, f"{step},{time.time():.2f},{episodic_return},{length:.0f}\n")
         self.envs.finished.clear()
         now, step, speed = time.monotonic(), self.envs.global_step, nan
-        if self.warm:
-            metrics["charts/SPS"] = speed = (step - self.warm[1]) / (now - self.warm[0])
-        else:  # the first iteration compiles; from here on there is something to save
-            self.warm, self.printed_at = (now, step), now
+        if self.started:
+            metrics["charts/SPS"] = speed = (step - self.started[1]) / (now - self.started[0])
+        else:  # the first iteration compiles; from now on a signal ends the run after saving
+            self.started, self.printed_at = (now, step), now
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.note_signal)
         self.log(step, metrics)
@@ -527,7 +525,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         if self.wandb:
             self.wandb.log(scalars | {"global_step": step})
 
-    def save(self):  # last.pt, and best.pt if the mean return has not been as good; and a video
+    def save(self):  # last.pt, best.pt if the mean return is the best at any save, and a video
         self.saved_at, step, mean = time.monotonic(), self.envs.global_step, self.mean_return
         if RANK > 0:
             return
@@ -649,7 +647,7 @@ def prepare(args):  # refuses what cannot work, prepares torch, returns the devi
     with refusing(f"--device {name}", Exception):  # no such device, or no driver
         device = torch.empty(0, device=name).device
     if WORLD_SIZE > 1 and not distributed.is_initialized():
-        store, *_ = next(distributed.rendezvous("env://"))  # a restart must not see its old keys
+        store, *_ = next(distributed.rendezvous("env://"))  # a restart must not see the old keys
         store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
         distributed.init_process_group(store=store, rank=RANK, world_size=WORLD_SIZE)
     torch.manual_seed(args.seed)
@@ -702,14 +700,14 @@ def main():
         if args.evaluate or (args.resume and path.exists()):
             before = replace(load_checkpoint(path)["args"], resume=False, capture_video=False)
             say(f"{path}: arguments as they were, but {' '.join(sys.argv[1:])}")
-        args = tyro.cli(Args, default=before)
-        with refusing("the environment ended the process", SystemExit):
+        args = tyro.cli(Args, default=before)  # again, over the arguments of the checkpoint
+        with refusing("the environment ended the process", SystemExit):  # sys.exit() in its code
             evaluate_checkpoint(args) if args.evaluate else train(args)
     except Refusal as refusal:
         say(f"error: {refusal}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        sys.exit(128 + (*interrupt.args, signal.SIGINT)[0])
+        sys.exit(128 + (*interrupt.args, signal.SIGINT)[0])  # of the signal, or of Ctrl-C
 
 
 if __name__ == "__main__":
