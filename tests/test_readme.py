@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tyro
 from gymnasium.utils.env_checker import check_env
+from onnx.reference import ReferenceEvaluator
 
 import ppo_atari
 import ppo_continuous
@@ -148,7 +149,11 @@ def test_code_runs_as_printed(tmp_path, monkeypatch):
             assert train(Args(**reach)) < 0.0  # its episodes end after 20 steps
         else:
             assert len(code.replace("\n\n", "\n").splitlines()) <= 10
-            exec(code, {})
+            exec(code, names := {})
+            if "onnx" in code:
+                played = ReferenceEvaluator("policy.onnx").run(None, {"obs": names["obs"].numpy()})
+                expected, _ = names["agent"].policy(names["obs"])
+                np.testing.assert_allclose(played[0], expected.detach(), rtol=1e-4, atol=1e-6)
 
 
 def scores(env_id, script):
