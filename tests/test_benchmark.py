@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmark"))
 
 import animate  # noqa: E402
+import healthy  # noqa: E402
 import plot  # noqa: E402
 import run as runner  # noqa: E402
 import unclipped  # noqa: E402
@@ -168,3 +169,9 @@ def test_tasks_that_charge_for_actions_as_they_are():
         rewards.append(envs.step(unclipped.np.full((1, 6), size, "f")).rewards[0])
         envs.envs.close()
     assert rewards[0] - rewards[1] == pytest.approx(0.1 * 6 * (3.0**2 - 1.0**2))
+
+
+def test_a_healthy_run_is_drawn_from_its_events(here):
+    ppo_continuous.train(tiny(ppo_continuous, 24))
+    healthy.main(here / "runs" / "run", here / "run.png")
+    assert Image.open(here / "run.png").size == (840, 460)
