@@ -87,7 +87,7 @@ class Args:
     max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this norm; 0.5 to 5
     target_kl: PositiveFloat | None = None  # no more epochs beyond this approx_kl; 0.01 to 0.05
     # the machine
-    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto is a GPU where there is one
+    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto is cuda where there is one, else cpu
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: bf16 where it is fast
     compile: bool = True  # torch.compile, and CUDA graphs on a GPU
     torch_deterministic: bool = True  # only repeatable cuDNN algorithms
@@ -110,13 +110,13 @@ class Args:
 # ---- ENVIRONMENTS --------------------------------------------------------------------------------
 class Step(NamedTuple):  # of N environments; where an episode ended, the next one has begun
     obs: np.ndarray  # (N, *obs)
-    rewards: np.ndarray  # (N,)
+    rewards: np.ndarray  # (N,) signs of the game's
     terminations: np.ndarray  # (N,) bool: the new state is terminal
     dones: np.ndarray  # (N,) bool: the episode ended, by termination or by time limit
     final_obs: np.ndarray  # (N, *obs), valid where a time limit cut the episode
 
 
-class Opening(gym.Wrapper):  # as AtariVectorEnv opens a game: FIRE if there is one, up to 29 no-ops
+class Opening(gym.Wrapper):  # as AtariVectorEnv opens a game: FIRE if any, no-ops, up to 29 in all
     def reset(self, **options):
         obs, info = self.env.reset(**options)
         meanings = self.unwrapped.get_action_meanings()
@@ -217,12 +217,12 @@ class Agent(nn.Module):
         policy = Categorical(logits=self.actor(hidden.float()))
         return policy, self.critic(value_hidden.float()).squeeze(-1)
 
-    def noise(self, *shape):  # (*shape, actions), always of the CPU's generator, which is saved
+    def noise(self, *shape):  # Gumbel, (*shape, actions); from the CPU's generator, which is saved
         return -torch.empty(*shape, self.actor.out_features).exponential_().log()
 
     def act(self, obs, noise):  # actions (N,), their log-probabilities and V(s)
         policy, values = self(obs)
-        actions = (policy.logits + noise).argmax(-1)
+        actions = (policy.logits + noise).argmax(-1)  # samples: the Gumbel-max trick
         return actions, policy.log_prob(actions), values
 
 
@@ -235,7 +235,7 @@ class Rollout(NamedTuple):
     logprobs: Tensor  # (T, N) log π_old(a_t | s_t)
     rewards: Tensor  # (T, N)
     values: Tensor  # (T, N) V(s_t)
-    next_values: Tensor  # (T, N) V(s_{t+1}); at the end of an episode, of its last observation
+    next_values: Tensor  # (T, N) V(s_{t+1}); where a time limit cut, of the last observation
     terminations: Tensor  # (T, N) 1.0 where s_{t+1} is terminal: no value beyond
     dones: Tensor  # (T, N) 1.0 where the episode ended, by termination or by time limit
     advantages: Tensor  # (T, N)
@@ -249,10 +249,10 @@ def collect_rollout(agent, envs, obs, args, act=Agent.act):
     device, noise = obs.device, agent.noise(args.num_steps, len(obs)).to(obs.device)
     shape = args.num_steps * len(obs), *obs.shape[1:]  # (B, *obs), as convolutions like it
     frames = torch.empty(shape, dtype=obs.dtype, device=device, memory_format=torch.channels_last)
-    obs_t, acted, outcomes, final_values = frames.unflatten(0, noise.shape[:2]), [], [], {}
+    all_obs, acted, outcomes, final_values = frames.unflatten(0, noise.shape[:2]), [], [], {}
     for t in range(args.num_steps):
-        obs_t[t] = obs
-        acted.append([x.clone() for x in act(agent, obs_t[t], noise[t])])  # from a CUDA graph
+        all_obs[t] = obs
+        acted.append([x.clone() for x in act(agent, all_obs[t], noise[t])])  # a graph reuses them
         step = envs.step(acted[t][0].cpu().numpy())
         outcomes.append((step.rewards, step.terminations, step.dones))
         if (step.dones & ~step.terminations).any():  # a time limit is no end of the task [TIME]
@@ -263,10 +263,10 @@ def collect_rollout(agent, envs, obs, args, act=Agent.act):
     rewards, terminations, dones = outcomes.unbind(1)
     next_values = torch.cat([values[1:], agent.value(obs)[None]])
     for t, value in final_values.items():
-        next_values[t] = torch.where(dones[t] > terminations[t], value, next_values[t])
+        next_values[t] = torch.where(dones[t] > terminations[t], value, next_values[t])  # cut
     outcome = rewards, values, next_values, terminations, dones  # as in Rollout and compute_gae
     advantages, returns = compute_gae(*outcome, args.gamma, args.gae_lambda)
-    return Rollout(obs_t, actions, logprobs, *outcome, advantages, returns), obs
+    return Rollout(all_obs, actions, logprobs, *outcome, advantages, returns), obs
 
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
@@ -319,7 +319,7 @@ def minibatch_loss(agent, mb: Rollout, args):
 
 def minibatch_gradient(agent, batch, rows, args):  # one vector, clipped; compiled by train
     loss, metrics = minibatch_loss(agent, Rollout(*(x[rows] for x in batch)), args)
-    trained = [p for p in agent.parameters() if p.requires_grad]  # as in make_optimizer
+    trained = [p for p in agent.parameters() if p.requires_grad]  # in the order of the vector
     gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
     gradient = average(torch.cat([x.flatten() for x in gradients]))
     metrics["losses/grad_norm"] = norm = gradient.norm()
@@ -331,7 +331,7 @@ def update(agent, optimizer, rollout: Rollout, args, get_gradient=minibatch_grad
     """Learns from one rollout in epochs of minibatches; returns the means of what is logged."""
     agent.train()
     batch = Rollout(*(x.flatten(0, 1) for x in rollout))  # (B, …)
-    vector, history = optimizer.param_groups[0]["params"][0], []  # all parameters are its views
+    vector, history = optimizer.param_groups[0]["params"][0], []  # its views are the parameters
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in order.chunk(args.num_minibatches):
@@ -339,7 +339,7 @@ def update(agent, optimizer, rollout: Rollout, args, get_gradient=minibatch_grad
             optimizer.step()
             history.append(torch.stack(list(metrics.values())))  # copied before the next call
         if args.target_kl is not None and average(metrics["losses/approx_kl"]) > args.target_kl:
-            break  # that of the last minibatch
+            break  # approx_kl of the last minibatch, as in CleanRL
     means = dict(zip(metrics, average(torch.stack(history).mean(0)).tolist()))
     unexplained = (batch.returns - batch.values).var() / (batch.returns.var() + 1e-8)
     means["losses/explained_variance"] = 1.0 - unexplained.item()
@@ -354,8 +354,8 @@ def train(args):
     checkpoint = load_checkpoint(path) if args.resume and path.exists() else None
     envs = Envs(args, [args.seed, checkpoint["global_step"] if checkpoint else 0])
     with closing(envs):
-        agent = Agent(envs.observation_space, envs.action_space, args.shared_network, bf16(args))
-        agent = agent.to(device)
+        spaces = envs.observation_space, envs.action_space
+        agent = Agent(*spaces, args.shared_network, bf16(args, device)).to(device)
         optimizer = make_optimizer(agent, args)
         act = compiled(Agent.act, args, device)
         gradient = compiled(minibatch_gradient, args, device)
@@ -371,14 +371,14 @@ def train(args):
             run.save()
     say(f"tensorboard --logdir {run.folder}; python {sys.argv[0]} --evaluate {run.folder}")
     if run.signals:
-        raise KeyboardInterrupt(*run.signals)
+        raise KeyboardInterrupt(*run.signals)  # main() makes it the exit status
     return run.mean_return
 
 
 # ==== PLUMBING: nothing below belongs to the algorithm ============================================
 # ---- evaluation and video ------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(agent, args, videos=None, name="episode"):  # returns, unscaled, and lengths
+def evaluate(agent, args, videos=None, name="episode"):  # the game's own returns, and lengths
     options = {"render_mode": "human" if args.render else "rgb_array"}
     env = make_env(args.env_id, **options if args.render or videos else {})
     agent = copy.deepcopy(agent).cpu().eval()
@@ -399,24 +399,24 @@ def evaluate(agent, args, videos=None, name="episode"):  # returns, unscaled, an
 
 def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside the checkpoint
     args.device = "cpu"
-    prepare(args)
+    device = prepare(args)
     path, env = checkpoint_path(args), make_env(args.env_id)
     checkpoint, spaces = load_checkpoint(path), (env.observation_space, env.action_space)
-    agent = Agent(*spaces, args.shared_network, bf16(args))
+    agent = Agent(*spaces, args.shared_network, bf16(args, device))
     restore({"agent": agent.state_dict()}, checkpoint)
     name = f"{path.stem}-step-{checkpoint['global_step']}"
     videos = path.parent.parent / "videos" if args.capture_video else None
     returns, lengths = evaluate(agent, args, videos, name)
     print(f"{name}: return {np.mean(returns):.2f} ± {np.std(returns):.2f}, {len(returns)} episodes")
     result = {"args": asdict(args), "returns": returns, "lengths": lengths}
-    path.with_name("eval.json").write_text(json.dumps(result, indent=2))
+    path.with_name("eval.json").write_text(json.dumps(result))
 
 
 # ---- checkpoints, log, signals -------------------------------------------------------------------
 def checkpoint_path(args):  # of a run, by name or folder; --evaluate may also name the file itself
     path = Path(args.evaluate or args.run_name or "")
     folder = path if len(path.parts) > 1 else "runs" / path
-    return path if path.is_file() else folder / "checkpoints" / "last.pt"
+    return path if args.evaluate and path.is_file() else folder / "checkpoints" / "last.pt"
 
 
 def load_checkpoint(path):  # as plain data: no file can make torch.load run code
@@ -557,7 +557,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.csv.close()
             self.writer.close()
         if self.wandb:
-            self.wandb.finish(int(any(sys.exc_info())))
+            self.wandb.finish(int(any(sys.exc_info())))  # 1 after a failure
 
 
 # ---- speed and torchrun --------------------------------------------------------------------------
@@ -569,7 +569,7 @@ def average(x):  # over all processes, in place
 
 
 def gather(items):  # of all processes, in order of rank
-    lists = [items] * WORLD_SIZE
+    lists = [items] * WORLD_SIZE  # to be overwritten
     if WORLD_SIZE > 1:
         distributed.all_gather_object(lists, items)
     return sum(lists, [])
@@ -586,7 +586,7 @@ def make_optimizer(agent, args):  # all parameters become views of one vector: f
     return optimizer
 
 
-def compiled(function, args, device):  # as a CUDA graph on a GPU; as it is where that fails
+def compiled(function, args, device):  # as a CUDA graph on a GPU; uncompiled where that fails
     torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradient become one graph
     options = {"triton.cudagraphs": device.type == "cuda" and WORLD_SIZE == 1}
     fast = torch.compile(function, fullgraph=True, dynamic=False, options=options)
@@ -622,13 +622,13 @@ def refusing(what, *errors):
 
 
 def say(line, file=None):
-    if not RANK or file:
+    if not RANK or file:  # errors come from all processes
         with suppress(OSError):  # nobody reads any more, as when Ctrl-C has ended tee(1)
             print(" ".join(line.split())[:300], flush=True, file=file)
 
 
 def prepare(args):  # refuses what cannot work, prepares torch, returns the device
-    replace(args)  # checks types and ranges of what was set since
+    replace(args)  # as its constructor, checks types and ranges: some may have been set since
     problems = {
         "minibatches must be of equal size": args.batch_size % (args.num_minibatches * WORLD_SIZE),
         "total_timesteps is less than num_envs x num_steps": not args.num_iterations,
@@ -658,10 +658,13 @@ def prepare(args):  # refuses what cannot work, prepares torch, returns the devi
     return device
 
 
-def bf16(args):  # auto: where matrix products are faster with it
-    cpu = torch.cpu.get_capabilities()
-    fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16") or torch.cuda.is_available()
-    return args.precision == "bf16" or (args.precision == "auto" and bool(fast))
+def bf16(args, device):  # auto: where matrix products are faster with it
+    cpu, fast = torch.cpu.get_capabilities(), False
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        fast = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    return args.precision == "bf16" or (args.precision == "auto" and fast)
 
 
 def game_options(env_id):  # what an id says, as arguments of AtariVectorEnv, or a refusal
@@ -669,7 +672,7 @@ def game_options(env_id):  # what an id says, as arguments of AtariVectorEnv, or
     with refusing(f"--env-id {env_id}", gym.error.Error, ModuleNotFoundError):
         if module:  # registers its ids when it is imported, as in gymnasium
             importlib.import_module(module)
-        dropped = name not in gym.registry and "Deterministic-v" in name  # by ale-py
+        dropped = name not in gym.registry and "Deterministic-v" in name  # no longer in ale-py
         spec = gym.spec(name.replace("Deterministic", "") if dropped else name)
     plain = spec.entry_point in ("ale_py.env:AtariEnv", "ale_py:AtariEnv", AtariEnv)
     game = spec.kwargs.get("game")
@@ -677,12 +680,12 @@ def game_options(env_id):  # what an id says, as arguments of AtariVectorEnv, or
     require(plain and game in roms.get_all_rom_ids() and not spec.additional_wrappers, wrong)
     options = {"game": game, "frameskip": 4, "repeat_action_probability": 0.25}  # as in AtariEnv
     options |= {"full_action_space": False, "max_num_frames_per_episode": None}
-    usual = (None, 0, "rgb", "grayscale", 0.5)  # mode, difficulty, ... that change nothing
+    usual = (None, 0, "rgb", "grayscale", 0.5)  # of mode, difficulty, ...: change nothing
     odd = {k: v for k, v in spec.kwargs.items() if k not in options and v not in usual}
     require(not odd, f"--env-id {env_id}: ppo_atari.py cannot do {odd}")
     options |= {k: v for k, v in spec.kwargs.items() if k in options}
     skip, limit = options["frameskip"], options["max_num_frames_per_episode"] or 108_000
-    if skip == 1 or isinstance(skip, tuple):  # the shots of Space Invaders blink, every 4 frames
+    if skip == 1 or isinstance(skip, tuple):  # to play with 4; 3 where shots blink every 4 frames
         options["frameskip"] = 3 if dropped and game == "space_invaders" else 4
     if spec.max_episode_steps is not None:
         limit = min(limit, spec.max_episode_steps * (1 if skip == 1 else options["frameskip"]))
@@ -694,7 +697,7 @@ def main():
     try:
         args, unknown = tyro.cli(Args, return_unknown_args=True)
         hint = "of CleanRL's, --cuda is --device, --save-model always on, --x False --no-x"
-        other = "--clip-coef is for ppo_continuous.py, --kl-coef for ppo_kl_penalty.py"
+        other = "--clip-coef is of ppo_continuous.py, --kl-coef of ppo_kl_penalty.py"
         require(not unknown, f"unknown {unknown}, see --help; {hint}; {other}")
         path, before = checkpoint_path(args), Args()
         if args.evaluate or (args.resume and path.exists()):

@@ -286,7 +286,7 @@ class Rollout(NamedTuple):
     policy: Tensor  # (T, N, 2·act) logits of π_old, or its means and deviations
     rewards: Tensor  # (T, N)
     values: Tensor  # (T, N) V(s_t)
-    next_values: Tensor  # (T, N) V(s_{t+1}); at the end of an episode, of its last observation
+    next_values: Tensor  # (T, N) V(s_{t+1}); where a time limit cut, of the last observation
     terminations: Tensor  # (T, N) 1.0 where s_{t+1} is terminal: no value beyond
     dones: Tensor  # (T, N) 1.0 where the episode ended, by termination or by time limit
     advantages: Tensor  # (T, N)
@@ -367,7 +367,7 @@ def minibatch_loss(agent, mb: Rollout, kl_coef, args):
 
 def minibatch_gradient(agent, batch, rows, kl_coef, args):  # one vector, clipped; compiled by train
     loss, metrics = minibatch_loss(agent, Rollout(*(x[rows] for x in batch)), kl_coef, args)
-    trained = [p for p in agent.parameters() if p.requires_grad]  # as in make_optimizer
+    trained = [p for p in agent.parameters() if p.requires_grad]  # in the order of the vector
     gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
     gradient = average(torch.cat([x.flatten() for x in gradients]))
     metrics["losses/grad_norm"] = norm = gradient.norm()
@@ -380,7 +380,7 @@ def update(agent, optimizer, rollout: Rollout, kl_coef, args, get_gradient=minib
     agent.train()
     batch = Rollout(*(x.flatten(0, 1) for x in rollout))  # (B, …)
     beta = torch.tensor(kl_coef, device=batch.obs.device)
-    vector, history = optimizer.param_groups[0]["params"][0], []  # all parameters are its views
+    vector, history = optimizer.param_groups[0]["params"][0], []  # its views are the parameters
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in order.chunk(args.num_minibatches):
@@ -421,7 +421,7 @@ def train(args):
             run.save()
     say(f"tensorboard --logdir {run.folder}; python {sys.argv[0]} --evaluate {run.folder}")
     if run.signals:
-        raise KeyboardInterrupt(*run.signals)
+        raise KeyboardInterrupt(*run.signals)  # main() makes it the exit status
     return run.mean_return
 
 
@@ -460,14 +460,14 @@ def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside 
     returns, lengths = evaluate(agent, args, videos, name)
     print(f"{name}: return {np.mean(returns):.2f} ± {np.std(returns):.2f}, {len(returns)} episodes")
     result = {"args": asdict(args), "returns": returns, "lengths": lengths}
-    path.with_name("eval.json").write_text(json.dumps(result, indent=2))
+    path.with_name("eval.json").write_text(json.dumps(result))
 
 
 # ---- checkpoints, log, signals -------------------------------------------------------------------
 def checkpoint_path(args):  # of a run, by name or folder; --evaluate may also name the file itself
     path = Path(args.evaluate or args.run_name or "")
     folder = path if len(path.parts) > 1 else "runs" / path
-    return path if path.is_file() else folder / "checkpoints" / "last.pt"
+    return path if args.evaluate and path.is_file() else folder / "checkpoints" / "last.pt"
 
 
 def load_checkpoint(path):  # as plain data: no file can make torch.load run code
@@ -609,7 +609,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.csv.close()
             self.writer.close()
         if self.wandb:
-            self.wandb.finish(int(any(sys.exc_info())))
+            self.wandb.finish(int(any(sys.exc_info())))  # 1 after a failure
 
 
 # ---- speed and torchrun --------------------------------------------------------------------------
@@ -621,7 +621,7 @@ def average(x):  # over all processes, in place
 
 
 def gather(items):  # of all processes, in order of rank
-    lists = [items] * WORLD_SIZE
+    lists = [items] * WORLD_SIZE  # to be overwritten
     if WORLD_SIZE > 1:
         distributed.all_gather_object(lists, items)
     return sum(lists, [])
@@ -638,7 +638,7 @@ def make_optimizer(agent, args):  # all parameters become views of one vector: f
     return optimizer
 
 
-def compiled(function, args, device):  # as a CUDA graph on a GPU; as it is where that fails
+def compiled(function, args, device):  # as a CUDA graph on a GPU; uncompiled where that fails
     torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradient become one graph
     options = {"triton.cudagraphs": device.type == "cuda" and WORLD_SIZE == 1}
     fast = torch.compile(function, fullgraph=True, dynamic=False, options=options)
@@ -692,13 +692,13 @@ def refusing(what, *errors):
 
 
 def say(line, file=None):
-    if not RANK or file:
+    if not RANK or file:  # errors come from all processes
         with suppress(OSError):  # nobody reads any more, as when Ctrl-C has ended tee(1)
             print(" ".join(line.split())[:300], flush=True, file=file)
 
 
 def prepare(args):  # refuses what cannot work, prepares torch, returns the device
-    replace(args)  # checks types and ranges of what was set since
+    replace(args)  # as its constructor, checks types and ranges: some may have been set since
     problems = {
         "minibatches must be of equal size": args.batch_size % (args.num_minibatches * WORLD_SIZE),
         "total_timesteps is less than num_envs x num_steps": not args.num_iterations,
@@ -730,7 +730,7 @@ def main():
     try:
         args, unknown = tyro.cli(Args, return_unknown_args=True)
         hint = "of CleanRL's, --cuda is --device, --save-model always on, --x False --no-x"
-        other = "--clip-coef is for ppo_continuous.py, --kl-coef for ppo_kl_penalty.py"
+        other = "--clip-coef is of ppo_continuous.py, --kl-coef of ppo_kl_penalty.py"
         require(not unknown, f"unknown {unknown}, see --help; {hint}; {other}")
         path, before = checkpoint_path(args), Args()
         if args.evaluate or (args.resume and path.exists()):

@@ -32,9 +32,9 @@ def test_unknown_options(script, command):
     }
     hints |= {"--save-model": "--save-model always on", "--anneal-lr False": "--no-x"}
     if script is ppo_kl_penalty:
-        hints["--clip-coef 0.2"] = "--clip-coef is for ppo_continuous.py"
+        hints["--clip-coef 0.2"] = "--clip-coef is of ppo_continuous.py"
     else:
-        hints["--kl-coef 1.0"] = "--kl-coef for ppo_kl_penalty.py"
+        hints["--kl-coef 1.0"] = "--kl-coef of ppo_kl_penalty.py"
     for option, hint in hints.items():
         assert hint in command(script, *option.split()).refusal and os.listdir() == []
 
