@@ -32,7 +32,8 @@ DIFFERENCES = {
     "hyper-parameters of [PPO] for Atari": "Args.env_id Args.total_timesteps Args.num_steps"
     " Args.learning_rate Args.num_minibatches Args.update_epochs Args.clip_coef Args.ent_coef",
     "a GPU pays for the convolutional network only": "Args.device Args.compile prepare",
-    "another simulator": "Step.rewards Step.final_obs make_env Envs Envs.__init__ Envs.reset Envs.step evaluate",
+    "another simulator": "Step.rewards Step.final_obs make_env Envs Envs.__init__"
+    " Envs.reset Envs.step evaluate",
     "another network": "Agent Agent.__init__ Agent.forward Agent.value Agent.noise"
     " evaluate_checkpoint",
     "another objective": "minibatch_loss minibatch_gradient",
