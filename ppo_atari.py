@@ -378,7 +378,7 @@ def train(args):
 # ==== PLUMBING: nothing below belongs to the algorithm ============================================
 # ---- evaluation and video ------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(agent, args, videos=None, name="episode"):  # the game's own returns, and lengths
+def evaluate(agent, args, videos=None, name="episode"):  # the game's own returns
     options = {"render_mode": "human" if args.render else "rgb_array"}
     env = make_env(args.env_id, **options if args.render or videos else {})
     agent = copy.deepcopy(agent).cpu().eval()
@@ -394,7 +394,7 @@ def evaluate(agent, args, videos=None, name="episode"):  # the game's own return
                 action, *_ = agent.act(torch.from_numpy(obs[None]), noise)
                 obs, _, terminated, truncated, _ = env.step(action.item())
                 done = terminated or truncated
-    return [*map(float, env.return_queue)], [*env.length_queue]
+    return [*map(float, env.return_queue)]
 
 
 def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside the checkpoint
@@ -406,10 +406,9 @@ def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside 
     restore({"agent": agent.state_dict()}, checkpoint)
     name = f"{path.stem}-step-{checkpoint['global_step']}"
     videos = path.parent.parent / "videos" if args.capture_video else None
-    returns, lengths = evaluate(agent, args, videos, name)
+    returns = evaluate(agent, args, videos, name)
     print(f"{name}: return {np.mean(returns):.2f} ± {np.std(returns):.2f}, {len(returns)} episodes")
-    result = {"args": asdict(args), "returns": returns, "lengths": lengths}
-    path.with_name("eval.json").write_text(json.dumps(result))
+    path.with_name("eval.json").write_text(json.dumps({"args": asdict(args), "returns": returns}))
 
 
 # ---- checkpoints, log, signals -------------------------------------------------------------------
@@ -468,8 +467,8 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
         self.writer = SummaryWriter(str(self.folder), purge_step=envs.global_step + 1)
         self.csv = open(self.folder / "episodes.csv", "a", buffering=1)  # line by line
-        self.csv.truncate(self.state["csv_size"])  # what came after the checkpoint comes again
-        self.csv.write("" if self.state["csv_size"] else "global_step,wall_time,return,length\n")
+        self.csv.truncate(size := min(self.state["csv_size"], self.csv.tell()))  # the rest comes
+        self.csv.write("" if size else "global_step,wall_time,return,length\n")
         if args.track:
             self.start_wandb(args)
 
@@ -530,7 +529,6 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         if RANK > 0:
             return
         self.writer.flush()  # first: what a checkpoint knows of is there with it
-        os.fsync(self.csv.fileno())
         names = ["best.pt", "last.pt"] if mean > self.state["best"] else ["last.pt"]
         self.state |= {"best": max(self.state["best"], mean), "rng": torch.get_rng_state()}
         self.state |= {"csv_size": os.stat(self.csv.name).st_size, "global_step": step}
@@ -545,8 +543,8 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         if self.args.capture_video:
             try:
                 args, videos = replace(self.args, eval_episodes=1), self.folder / "videos"
-                returns, _ = evaluate(self.agent, args, videos, f"step-{step}")
-                self.log(step, {"charts/eval_return": returns[0]})
+                (eval_return,) = evaluate(self.agent, args, videos, f"step-{step}")
+                self.log(step, {"charts/eval_return": eval_return})
             except Exception as error:  # no ffmpeg, no EGL: each simulator has its own
                 say(f"no video: {error!r}")
 
@@ -701,7 +699,7 @@ def main():
         require(not unknown, f"unknown {unknown}, see --help; {hint}; {other}")
         path, before = checkpoint_path(args), Args()
         if args.evaluate or (args.resume and path.exists()):
-            before = replace(load_checkpoint(path)["args"], resume=False, capture_video=False)
+            before = replace(load_checkpoint(path)["args"], resume=False)
             say(f"{path}: arguments as they were, but {' '.join(sys.argv[1:])}")
         args = tyro.cli(Args, default=before)  # again, over the arguments of the checkpoint
         with refusing("the environment ended the process", SystemExit):  # sys.exit() in its code

@@ -33,7 +33,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 import zipfile
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
@@ -255,6 +254,7 @@ class Agent(nn.Module):
         self.actor = mlp(obs_size, self.act_size, gain=0.01)  # at first nearly the same everywhere
         self.critic = mlp(obs_size, 1, gain=1.0)
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(self.act_size))
+        self.numpy = None  # whether np_policy does the same, known after a rollout
 
     def policy(self, obs):  # (…, obs) -> logits and None, or means and log of deviations
         return self.actor(self.normalize(obs)), self.log_std
@@ -299,10 +299,10 @@ def collect_rollout(agent, envs, obs, args):
     agent.eval()
     noise = agent.noise(args.num_steps, len(obs)).to(obs.device)
     all_obs, all_actions, steps = [], [], []
-    fast = fast_policy(agent, obs)  # agent.policy, in NumPy on a CPU
     for t in range(args.num_steps):
         all_obs.append(obs)
-        all_actions.append(agent.sample(*fast(obs), noise[t]))
+        policy = np_policy(agent, obs) if agent.numpy else agent.policy(obs)  # the same, sooner
+        all_actions.append(agent.sample(*policy, noise[t]))
         steps.append(envs.step(all_actions[t].cpu().numpy()))
         obs = torch.from_numpy(steps[t].obs).to(obs.device)
     stacked = Step(*map(np.stack, zip(*steps)))  # (T, N, …) each
@@ -310,6 +310,7 @@ def collect_rollout(agent, envs, obs, args):
     arrays = rewards, stacked.terminations, stacked.dones, stacked.final_obs  # now as `obs` is:
     rewards, terminations, dones, final_obs = (torch.from_numpy(x).to(obs) for x in arrays)
     obs_t, actions = torch.stack(all_obs), torch.stack(all_actions)
+    agent.numpy = agent.numpy is not False and numpy_agrees(agent, obs_t)
     policy, values = agent(obs_t)  # all steps at once: acting needs no values and no log π
     next_values = agent.value(final_obs)  # where a time limit cut, the task went on [TIME]
     outcome = rewards, values, next_values, terminations, dones  # as in Rollout and compute_gae
@@ -428,7 +429,7 @@ def train(args):
 # ==== PLUMBING: nothing below belongs to the algorithm ============================================
 # ---- evaluation and video ------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(agent, args, videos=None, name="episode"):  # returns, unscaled, and lengths
+def evaluate(agent, args, videos=None, name="episode"):  # returns, unscaled
     if videos and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display, if told to
     options = {"render_mode": "human" if args.render else "rgb_array"}
@@ -446,7 +447,7 @@ def evaluate(agent, args, videos=None, name="episode"):  # returns, unscaled, an
                 action = agent.sample(*agent.policy(torch.from_numpy(obs[None])), noise).numpy()
                 obs, _, terminated, truncated, _ = env.step(to_space(action, space)[0])
                 done = terminated or truncated
-    return [*map(float, env.return_queue)], [*env.length_queue]
+    return [*map(float, env.return_queue)]
 
 
 def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside the checkpoint
@@ -457,10 +458,9 @@ def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside 
     restore({"agent": agent.state_dict()}, checkpoint)
     name = f"{path.stem}-step-{checkpoint['global_step']}"
     videos = path.parent.parent / "videos" if args.capture_video else None
-    returns, lengths = evaluate(agent, args, videos, name)
+    returns = evaluate(agent, args, videos, name)
     print(f"{name}: return {np.mean(returns):.2f} ± {np.std(returns):.2f}, {len(returns)} episodes")
-    result = {"args": asdict(args), "returns": returns, "lengths": lengths}
-    path.with_name("eval.json").write_text(json.dumps(result))
+    path.with_name("eval.json").write_text(json.dumps({"args": asdict(args), "returns": returns}))
 
 
 # ---- checkpoints, log, signals -------------------------------------------------------------------
@@ -520,8 +520,8 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
         self.writer = SummaryWriter(str(self.folder), purge_step=envs.global_step + 1)
         self.csv = open(self.folder / "episodes.csv", "a", buffering=1)  # line by line
-        self.csv.truncate(self.state["csv_size"])  # what came after the checkpoint comes again
-        self.csv.write("" if self.state["csv_size"] else "global_step,wall_time,return,length\n")
+        self.csv.truncate(size := min(self.state["csv_size"], self.csv.tell()))  # the rest comes
+        self.csv.write("" if size else "global_step,wall_time,return,length\n")
         if args.track:
             self.start_wandb(args)
 
@@ -582,7 +582,6 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         if RANK > 0:
             return
         self.writer.flush()  # first: what a checkpoint knows of is there with it
-        os.fsync(self.csv.fileno())
         names = ["best.pt", "last.pt"] if mean > self.state["best"] else ["last.pt"]
         self.state |= {"best": max(self.state["best"], mean), "rng": torch.get_rng_state()}
         self.state |= {"csv_size": os.stat(self.csv.name).st_size, "global_step": step}
@@ -597,8 +596,8 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         if self.args.capture_video:
             try:
                 args, videos = replace(self.args, eval_episodes=1), self.folder / "videos"
-                returns, _ = evaluate(self.agent, args, videos, f"step-{step}")
-                self.log(step, {"charts/eval_return": returns[0]})
+                (eval_return,) = evaluate(self.agent, args, videos, f"step-{step}")
+                self.log(step, {"charts/eval_return": eval_return})
             except Exception as error:  # no ffmpeg, no EGL: each simulator has its own
                 say(f"no video: {error!r}")
 
@@ -655,22 +654,23 @@ def compiled(function, args, device):  # as a CUDA graph on a GPU; uncompiled wh
     return call if args.compile else function
 
 
-def fast_policy(agent, obs):  # agent.policy, in NumPy where that gives the same: less to call
-    with suppress(Exception):  # where the Agent is another, or on a GPU
-        mean, var = agent.normalize.mean.numpy(), agent.normalize.var.numpy()
-        parameters = [x.detach().numpy() for x in agent.actor.parameters()]
+def np_policy(agent, obs):  # agent.policy(obs): PyTorch takes longer to call than to compute
+    mean, var = agent.normalize.mean.numpy(), agent.normalize.var.numpy()
+    x = ((obs.numpy() - mean) / np.sqrt(var + 1e-8)).clip(-10.0, 10.0)
+    for layer in agent.actor:
+        if isinstance(layer, nn.Linear):
+            x = x @ layer.weight.data.numpy().T + layer.bias.data.numpy()
+        else:
+            x = np.tanh(x)
+    return torch.from_numpy(x), agent.log_std
 
-        def policy(obs):
-            x = ((obs.numpy() - mean) / np.sqrt(var + 1e-8)).clip(-10.0, 10.0)
-            for weight, bias in zip(parameters[::2], parameters[1::2]):
-                output = x @ weight.T + bias
-                x = np.tanh(output)
-            return torch.from_numpy(output), agent.log_std
 
-        torch.testing.assert_close(policy(obs), agent.policy(obs))
-        return policy
-    warnings.warn("acting in PyTorch; NumPy is faster on a CPU")  # shown once
-    return agent.policy
+def numpy_agrees(agent, obs):  # with PyTorch, for all observations of a rollout
+    with suppress(Exception):  # of an Agent that was changed, or is on a GPU
+        torch.testing.assert_close(np_policy(agent, obs), agent.policy(obs), rtol=1e-3, atol=1e-5)
+        return True
+    say("acting in PyTorch: on a CPU, NumPy would be faster")
+    return False
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -734,7 +734,7 @@ def main():
         require(not unknown, f"unknown {unknown}, see --help; {hint}; {other}")
         path, before = checkpoint_path(args), Args()
         if args.evaluate or (args.resume and path.exists()):
-            before = replace(load_checkpoint(path)["args"], resume=False, capture_video=False)
+            before = replace(load_checkpoint(path)["args"], resume=False)
             say(f"{path}: arguments as they were, but {' '.join(sys.argv[1:])}")
         args = tyro.cli(Args, default=before)  # again, over the arguments of the checkpoint
         with refusing("the environment ended the process", SystemExit):  # sys.exit() in its code

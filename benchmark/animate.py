@@ -45,7 +45,7 @@ def main(
         report = {"script": script, "env_id": args["env_id"], "training_seed": args["seed"]}
         report |= {"checkpoint": checkpoint.name, "global_step": trained["global_step"]}
         score = json.loads((copy.parent / "eval.json").read_text())
-        report |= {name: score[name] for name in ("returns", "lengths")} | {"seed": seed}
+        report |= {"returns": score["returns"], "seed": seed}
         (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -42,6 +42,10 @@ DOCS_ROWS = (
     ("classic", "Pendulum-v1", "ppo_continuous.py", "recipe", "", ""),
     ("classic", "LunarLander-v3", "ppo_kl_penalty.py", "`--gamma 0.995`", "", ""),
     ("classic", "CartPole-v1", "ppo_kl_penalty.py", "defaults", "", ""),
+    ("rewritten", "HalfCheetah-v5", "ppo_continuous.py", "defaults, rewritten script", "", ""),
+    ("rewritten", "Hopper-v5", "ppo_continuous.py", "defaults, rewritten script", "", ""),
+    ("rewritten", "LunarLander-v3", "ppo_continuous.py", "`--gamma 0.995`, rewritten", "", ""),
+    ("rewritten", "CartPole-v1", "ppo_continuous.py", "defaults, rewritten script", "", ""),
     ("pong/bf16", "PongNoFrameskip-v4", "ppo_atari.py", "recipe", "", ""),
     ("atari", "PongNoFrameskip-v4", "ppo_atari.py", "defaults", "20.36 ± 0.20", "20.5"),
     ("atari", "BreakoutNoFrameskip-v4", "ppo_atari.py", "defaults", "415 ± 28", "407"),
@@ -50,6 +54,7 @@ DOCS_ROWS = (
 # Studies that change one thing of the runs of another one, which are shown beside them: its name,
 # their label
 BESIDE = {"eager": ("mujoco", "compiled"), "interrupted": ("mujoco", "left alone")}
+BESIDE |= {"rewritten": ("mujoco", "before")}
 
 
 def load(study: Path) -> dict[tuple[str, str], list[dict]]:

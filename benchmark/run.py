@@ -90,6 +90,11 @@ STUDIES = (
             ("ppo_continuous.py", f"{task}-v5", SEEDS.get(task, 5), "--no-compile")
             for task in ("HalfCheetah", "Hopper")
         ],
+        "rewritten": [  # the same again after the scripts were rewritten; the clipped one elsewhere
+            *(("ppo_continuous.py", f"{task}-v5", 5, "") for task in ("HalfCheetah", "Hopper")),
+            ("ppo_continuous.py", "CartPole-v1", 5, "--total-timesteps 200000"),
+            ("ppo_continuous.py", "LunarLander-v3", 3, "--total-timesteps 1000000 --gamma 0.995"),
+        ],
         "atari": [
             ("ppo_atari.py", f"{game}NoFrameskip-v4", 3, "") for game in ("Breakout", "Pong")
         ],
@@ -300,6 +305,7 @@ def main(
     baseline: str = sys.executable,
     cleanrl: str = "cleanrl",
     sb3: str | None = None,
+    sbx: str | None = None,
     lean: str | None = None,
     leanrl: str = "leanrl",
 ) -> None:
@@ -314,12 +320,13 @@ def main(
         baseline: Python interpreter for CleanRL, with its packages; of `speed` and `cleanrl`.
         cleanrl: a checkout of CleanRL.
         sb3: Python interpreter for Stable-Baselines3; without, it is left out.
+        sbx: Python interpreter for SBX; without, it is left out.
         lean: Python interpreter for LeanRL; without, it is left out.
         leanrl: a checkout of LeanRL.
     """
     if studies == ("speed",):
         checkouts = {"cleanrl": str(Path(cleanrl).resolve()), "leanrl": str(Path(leanrl).resolve())}
-        interpreters = {"baseline": baseline, "sb3": sb3, "lean": lean}
+        interpreters = {"baseline": baseline, "sb3": sb3, "sbx": sbx, "lean": lean}
         return speed.main(
             rounds, checkouts, {name: path for name, path in interpreters.items() if path}
         )

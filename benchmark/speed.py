@@ -33,8 +33,12 @@ matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "speed"
 
-# contest: {side: command}; {baseline}, {sb3} and {lean} are interpreters with the packages of
-# CleanRL, Stable-Baselines3 and LeanRL, {cleanrl} and {leanrl} checkouts
+# contest: {side: command}; {baseline}, {sb3}, {sbx} and {lean} are interpreters with the packages
+# of CleanRL, Stable-Baselines3, SBX and LeanRL, {cleanrl} and {leanrl} checkouts
+OURS = "{python} {root}/ppo_continuous.py --total-timesteps 30720 --env-id"
+ONE = " --num-envs 1 --num-steps 2048"
+CLEANRL = "{baseline} {cleanrl}/cleanrl/ppo_continuous_action.py --total-timesteps 14336 --no-cuda"
+OTHERS = "{root}/benchmark/sb3.py"
 CONTESTS = {
     "Pong": {
         "ours": "{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 9216",
@@ -42,34 +46,36 @@ CONTESTS = {
         " --total-timesteps 6144 --precision fp32 --no-compile",
         "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_atari.py --env-id PongNoFrameskip-v4"
         " --total-timesteps 5120 --no-cuda",
-        "Stable-Baselines3": "{sb3} {root}/benchmark/sb3.py PongNoFrameskip-v4 5120",
+        "Stable-Baselines3": "{sb3} " + OTHERS + " sb3 PongNoFrameskip-v4 5120 8",
     },
     "HalfCheetah": {
-        "ours": "{python} {root}/ppo_continuous.py --env-id HalfCheetah-v5 --total-timesteps 30720",
-        "ours, 1 environment": "{python} {root}/ppo_continuous.py --env-id HalfCheetah-v5"
-        " --total-timesteps 30720 --num-envs 1 --num-steps 2048",
-        "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_continuous_action.py --env-id HalfCheetah-v4"
-        " --total-timesteps 14336 --no-cuda",
-        "Stable-Baselines3": "{sb3} {root}/benchmark/sb3.py HalfCheetah-v5 14336",
+        "ours": OURS + " HalfCheetah-v4",
+        "ours, 1 environment": OURS + " HalfCheetah-v4" + ONE,
+        "CleanRL": CLEANRL + " --env-id HalfCheetah-v4",
+        "Stable-Baselines3": "{sb3} " + OTHERS + " sb3 HalfCheetah-v4 14336 8",
+        "Stable-Baselines3, 1 environment": "{sb3} " + OTHERS + " sb3 HalfCheetah-v4 14336 1",
+        "SBX": "{sbx} " + OTHERS + " sbx HalfCheetah-v4 20480 8",
+        "SBX, 1 environment": "{sbx} " + OTHERS + " sbx HalfCheetah-v4 14336 1",
         "LeanRL": "{lean} {leanrl}/leanrl/ppo_continuous_action_torchcompile.py"
         " --env-id HalfCheetah-v4 --total-timesteps 24576 --compile --no-cuda --measure-burnin 4",
     },
     "Hopper": {
-        "ours": "{python} {root}/ppo_continuous.py --env-id Hopper-v5 --total-timesteps 30720",
-        "ours, 1 environment": "{python} {root}/ppo_continuous.py --env-id Hopper-v5"
-        " --total-timesteps 30720 --num-envs 1 --num-steps 2048",
-        "KL penalty": "{python} {root}/ppo_kl_penalty.py --env-id Hopper-v5"
-        " --total-timesteps 30720",
-        "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_continuous_action.py --env-id Hopper-v4"
-        " --total-timesteps 14336 --no-cuda",
+        "ours": OURS + " Hopper-v4",
+        "KL penalty": OURS.replace("continuous", "kl_penalty") + " Hopper-v4",
+        "CleanRL": CLEANRL + " --env-id Hopper-v4",
     },
 }
-BASELINES = {
+BASELINES = {  # side: its interpreter
     "CleanRL": "baseline",
     "Stable-Baselines3": "sb3",
+    "Stable-Baselines3, 1 environment": "sb3",
+    "SBX": "sbx",
+    "SBX, 1 environment": "sbx",
     "LeanRL": "lean",
-}  # side: its interpreter
-SHORT = dict.fromkeys(("python", "baseline", "sb3", "lean"), "python")  # as the report calls them
+}
+SHORT = dict.fromkeys(
+    ("python", "baseline", "sb3", "sbx", "lean"), "python"
+)  # as the report calls them
 SHORT |= {"root": ".", "cleanrl": "cleanrl", "leanrl": "leanrl"}
 BURN_IN = 3  # iterations
 
@@ -197,9 +203,9 @@ def first_iterations(
 
 
 def ratio(sides: dict, side: str) -> float:
-    """Median of the ratios to CleanRL in the same rounds."""
-    rates = (sides[one]["steps_per_second"] for one in (side, "CleanRL"))
-    return statistics.median(ours / theirs for ours, theirs in zip(*rates, strict=True))
+    """Of the medians, to CleanRL."""
+    ours, theirs = (statistics.median(sides[x]["steps_per_second"]) for x in (side, "CleanRL"))
+    return ours / theirs
 
 
 def summarize(report: dict) -> list[str]:
@@ -221,7 +227,7 @@ def summarize(report: dict) -> list[str]:
 def tabulate(report: dict) -> str:
     rows = [report["machine"], ""]
     rows.append(
-        "| contest | side | steps/s: median (all) | ratio to CleanRL: median | peak memory, MB |"
+        "| contest | side | steps/s: median (all) | ratio to CleanRL | peak memory, MB: median |"
     )
     rows.append("|---|---|---|---|---|")
     for contest, sides in report["contests"].items():
@@ -233,7 +239,7 @@ def tabulate(report: dict) -> str:
                 side,
                 speed,
                 f"{ratio(sides, side):.2f}",
-                str(max(one["peak_megabytes"])),
+                f"{statistics.median(one['peak_megabytes']):.0f}",
             )
             rows.append(f"| {' | '.join(cells)} |")
     rows += [
@@ -259,20 +265,29 @@ def tabulate(report: dict) -> str:
 
 
 def plot(report: dict) -> None:
-    """Median steps per second of every side as bars, its rounds as dots."""
+    """Median steps per second of every side as bars with their ratio to CleanRL, rounds as dots."""
     contests = report["contests"]
-    figure, axes = plt.subplots(1, len(contests), figsize=(4.2 * len(contests), 2.6), squeeze=False)
+    most = max(map(len, contests.values()))
+    figure, axes = plt.subplots(1, len(contests), figsize=(8.4, 0.9 + 0.3 * most), squeeze=False)
     for axis, (contest, sides) in zip(axes[0], contests.items(), strict=True):
         rates = [side["steps_per_second"] for side in sides.values()]
-        colors = ["tab:gray" if side in BASELINES else "tab:blue" for side in sides]
-        axis.barh(list(sides), [statistics.median(rate) for rate in rates], color=colors, alpha=0.6)
-        for row, rate in enumerate(rates):
+        colors = ["#999999" if side in BASELINES else "#0072B2" for side in sides]
+        medians = [statistics.median(rate) for rate in rates]
+        axis.barh(range(len(sides)), medians, color=colors)
+        for row, (side, rate) in enumerate(zip(sides, rates, strict=True)):
             axis.plot(rate, [row] * len(rate), "k.", markersize=3)
-        axis.invert_yaxis()
-        axis.set_title(contest)
-        axis.set_xlabel("steps per second")
+            text = f"  {ratio(sides, side):.1f}×"
+            axis.text(max(rate), row, text, va="center", fontsize=8)
+        names = [side.replace("Stable-Baselines3", "SB3") for side in sides]
+        names = [name.replace(", 1 environment", " (N = 1)") for name in names]
+        axis.set_yticks(range(len(sides)), names, fontsize=8)
+        axis.set_xlim(0.0, 1.25 * max(map(max, rates)))
+        axis.tick_params(axis="x", labelsize=7)
+        axis.set_ylim(most - 0.5, -0.5)
+        axis.set_title(contest, fontsize=10)
+    figure.supxlabel(f"steps per second, {report['machine'].split(', Linux')[0]}", fontsize=9)
     figure.tight_layout()
-    figure.savefig(RESULTS / "speed.png", dpi=130)
+    figure.savefig(RESULTS / "speed.png", dpi=100)
     plt.close(figure)
 
 

@@ -54,8 +54,8 @@ def test_scores_and_actions(script, play):
     """Whole episodes, not scaled, of the likeliest actions given the statistics of training."""
     score = play(script, "--deterministic")
     assert score["returns"] == pytest.approx([x for x, _ in Walk.episodes], abs=1e-3)
-    assert score["lengths"] == [n for _, n in Walk.episodes] and len(Walk.episodes) == 6
-    assert len(Walk.steps) == sum(score["lengths"])
+    assert len(Walk.episodes) == 6
+    assert len(Walk.steps) == sum(n for _, n in Walk.episodes)
     mean, std = np.mean(score["returns"]), np.std(score["returns"])
     assert f"return {mean:.2f} ± {std:.2f}, 6 episodes" in score["out"]
     assert score["args"]["deterministic"] and not score["args"]["resume"]
@@ -93,10 +93,10 @@ def test_name_folder_or_file(script, here, play, command):
 def test_videos_of_an_evaluation(here, play, monkeypatch):
     """Of a classic-control environment, which draws with pygame."""
     monkeypatch.setitem(ENVS, ppo_kl_penalty, "CartPole-v1")
-    lengths = play(ppo_kl_penalty, "--eval-episodes", 2, "--capture-video")["lengths"]
+    returns = play(ppo_kl_penalty, "--eval-episodes", 2, "--capture-video")["returns"]
     files = sorted((here / "runs" / "run" / "videos").glob("*.mp4"))
     frames = [cv2.VideoCapture(str(file)).get(cv2.CAP_PROP_FRAME_COUNT) for file in files]
-    assert frames == [n + 1 for n in lengths]
+    assert frames == [n + 1 for n in returns]  # which are lengths here
 
 
 def test_videos_of_a_training(here, monkeypatch):
