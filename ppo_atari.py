@@ -65,7 +65,7 @@ class Args:
     env_id: str = "PongNoFrameskip-v4"  # any Atari game, also as Pong-v4, ALE/Pong-v5 or module:id
     seed: NonNegativeInt = 1  # of weights, actions, minibatches and environments
     total_timesteps: PositiveInt = 10_000_000  # agent steps of 4 frames, rounded down to rollouts
-    target_return: float | None = None  # stop once the mean return of 100 episodes reaches this
+    target_return: float = 1e9  # stop once the mean return of 100 episodes reaches this
     run_name: str | None = None  # a name in runs/, or a folder; default ENV__EXP__SEED__TIME
     exp_name: str = "ppo_atari"  # part of the default run name
     resume: bool = False  # go on with RUN_NAME from its checkpoint, or start it where there is none
@@ -484,8 +484,8 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.wandb = wandb.init(**where, **what, config=asdict(args), mode=mode)
 
     def goes_on(self):
-        target, full = self.args.target_return, len(self.state["returns"]) == 100
-        solved = target is not None and full and self.mean_return >= target
+        full = len(self.state["returns"]) == 100
+        solved = full and self.mean_return >= self.args.target_return
         done = self.envs.global_step + self.args.batch_size > self.args.total_timesteps
         return not (done or solved or gather(self.signals))
 
@@ -531,7 +531,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         self.writer.flush()  # first: what a checkpoint knows of is there with it
         names = ["best.pt", "last.pt"] if mean > self.state["best"] else ["last.pt"]
         self.state |= {"best": max(self.state["best"], mean), "rng": torch.get_rng_state()}
-        self.state |= {"csv_size": os.stat(self.csv.name).st_size, "global_step": step}
+        self.state |= {"csv_size": self.csv.tell(), "global_step": step}
         for name in names:  # all of it or nothing: the old file stays until the new one is complete
             with refusing(f"{name} cannot be written, and stays as it was", OSError, RuntimeError):
                 with open(self.path.with_name("new.pt"), "wb") as file:

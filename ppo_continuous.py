@@ -63,7 +63,7 @@ class Args:
     env_id: str = "HalfCheetah-v5"  # id of a gymnasium environment, also module:id
     seed: NonNegativeInt = 1  # of weights, actions, minibatches and environments
     total_timesteps: PositiveInt = 1_000_000  # of all environments, rounded down to rollouts
-    target_return: float | None = None  # stop once the mean return of 100 episodes reaches this
+    target_return: float = 1e9  # stop once the mean return of 100 episodes reaches this
     run_name: str | None = None  # a name in runs/, or a folder; default ENV__EXP__SEED__TIME
     exp_name: str = "ppo_continuous"  # part of the default run name
     resume: bool = False  # go on with RUN_NAME from its checkpoint, or start it where there is none
@@ -254,7 +254,7 @@ class Agent(nn.Module):
         self.actor = mlp(obs_size, self.act_size, gain=0.01)  # at first nearly the same everywhere
         self.critic = mlp(obs_size, 1, gain=1.0)
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(self.act_size))
-        self.numpy = None  # whether np_policy does the same, known after a rollout
+        self.fast_policy = None  # for acting; found after the first rollout
 
     def policy(self, obs):  # (…, obs) -> logits and None, or means and log of deviations
         return self.actor(self.normalize(obs)), self.log_std
@@ -298,10 +298,10 @@ def collect_rollout(agent, envs, obs, args):
     agent.eval()
     noise = agent.noise(args.num_steps, len(obs)).to(obs.device)
     all_obs, all_actions, steps = [], [], []
+    policy = agent.fast_policy or agent.policy  # the same in NumPy, once that has agreed
     for t in range(args.num_steps):
         all_obs.append(obs)
-        policy = np_policy(agent, obs) if agent.numpy else agent.policy(obs)  # the same, sooner
-        all_actions.append(agent.sample(*policy, noise[t]))
+        all_actions.append(agent.sample(*policy(obs), noise[t]))
         steps.append(envs.step(all_actions[t].cpu().numpy()))
         obs = torch.from_numpy(steps[t].obs).to(obs.device)
     stacked = Step(*map(np.stack, zip(*steps)))  # (T, N, …) each
@@ -309,7 +309,8 @@ def collect_rollout(agent, envs, obs, args):
     arrays = rewards, stacked.terminations, stacked.dones, stacked.final_obs  # now as `obs` is:
     rewards, terminations, dones, final_obs = (torch.from_numpy(x).to(obs) for x in arrays)
     obs_t, actions = torch.stack(all_obs), torch.stack(all_actions)
-    agent.numpy = agent.numpy is not False and numpy_agrees(agent, obs_t)
+    if agent.fast_policy != agent.policy:  # NumPy has not disagreed so far
+        agent.fast_policy = fast_policy(agent, obs_t[::4])
     policy, values = agent(obs_t)  # all steps at once: acting needs no values and no log π
     next_values = agent.value(final_obs)  # where a time limit cut, the task went on [TIME]
     outcome = rewards, values, next_values, terminations, dones  # as in Rollout and compute_gae
@@ -534,8 +535,8 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.wandb = wandb.init(**where, **what, config=asdict(args), mode=mode)
 
     def goes_on(self):
-        target, full = self.args.target_return, len(self.state["returns"]) == 100
-        solved = target is not None and full and self.mean_return >= target
+        full = len(self.state["returns"]) == 100
+        solved = full and self.mean_return >= self.args.target_return
         done = self.envs.global_step + self.args.batch_size > self.args.total_timesteps
         return not (done or solved or gather(self.signals))
 
@@ -581,7 +582,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         self.writer.flush()  # first: what a checkpoint knows of is there with it
         names = ["best.pt", "last.pt"] if mean > self.state["best"] else ["last.pt"]
         self.state |= {"best": max(self.state["best"], mean), "rng": torch.get_rng_state()}
-        self.state |= {"csv_size": os.stat(self.csv.name).st_size, "global_step": step}
+        self.state |= {"csv_size": self.csv.tell(), "global_step": step}
         for name in names:  # all of it or nothing: the old file stays until the new one is complete
             with refusing(f"{name} cannot be written, and stays as it was", OSError, RuntimeError):
                 with open(self.path.with_name("new.pt"), "wb") as file:
@@ -651,23 +652,22 @@ def compiled(function, args, device):  # as a CUDA graph on a GPU; uncompiled wh
     return call if args.compile else function
 
 
-def np_policy(agent, obs):  # agent.policy(obs): PyTorch takes longer to call than to compute
-    mean, var = agent.normalize.mean.numpy(), agent.normalize.var.numpy()
-    x = ((obs.numpy() - mean) / np.sqrt(var + 1e-8)).clip(-10.0, 10.0)
-    for layer in agent.actor:
-        if isinstance(layer, nn.Linear):
-            x = x @ layer.weight.data.numpy().T + layer.bias.data.numpy()
-        else:
-            x = np.tanh(x)
-    return torch.from_numpy(x), agent.log_std
-
-
-def numpy_agrees(agent, obs):  # with PyTorch, for all observations of a rollout
+def fast_policy(agent, obs):  # agent.policy in NumPy, which is called faster, if it agrees on `obs`
     with suppress(Exception):  # of an Agent that was changed, or is on a GPU
-        torch.testing.assert_close(np_policy(agent, obs), agent.policy(obs), rtol=1e-3, atol=1e-5)
-        return True
+        mean, var = agent.normalize.mean.numpy(), agent.normalize.var.numpy()
+        parameters = [x.data.numpy() for x in agent.actor.parameters()]  # share memory
+
+        def policy(obs):
+            x = ((obs.numpy() - mean) / np.sqrt(var + 1e-8)).clip(-10.0, 10.0)
+            for weight, bias in zip(parameters[::2], parameters[1::2]):
+                output = x @ weight.T + bias
+                x = np.tanh(output)
+            return torch.from_numpy(output), agent.log_std
+
+        torch.testing.assert_close(policy(obs), agent.policy(obs), rtol=1e-3, atol=1e-5)
+        return policy
     say("acting in PyTorch: on a CPU, NumPy would be faster")
-    return False
+    return agent.policy
 
 
 # ---- command line --------------------------------------------------------------------------------
