@@ -733,12 +733,12 @@ def main():
         other = "--clip-coef is of ppo_continuous.py, --kl-coef of ppo_kl_penalty.py"
         require(not unknown, f"unknown {unknown}, see --help; {hint}; {other}")
         path, before = checkpoint_path(args), Args()
-        if args.evaluate or (args.resume and path.exists()):
+        if args.evaluate is not None or (args.resume and path.exists()):
             before = replace(load_checkpoint(path)["args"], resume=False)
             say(f"{path}: arguments as they were, but {' '.join(sys.argv[1:])}")
         args = tyro.cli(Args, default=before)  # again, over the arguments of the checkpoint
         with refusing("the environment ended the process", SystemExit):  # sys.exit() in its code
-            evaluate_checkpoint(args) if args.evaluate else train(args)
+            train(args) if args.evaluate is None else evaluate_checkpoint(args)
     except Refusal as refusal:
         say(f"error: {refusal}", file=sys.stderr)
         sys.exit(2)

@@ -88,6 +88,7 @@ def test_name_folder_or_file(script, here, play, command):
     heads = [out.splitlines()[-1].partition(" ± ")[0] for out in heads]
     assert heads == [heads[0]] * 3 + [heads[0].replace("last", "best")] and "step-64" in heads[0]
     assert "nowhere" in command(script, "--evaluate", "nowhere").refusal
+    assert "no checkpoint" in command(script, "--evaluate", "").refusal
 
 
 def test_videos_of_an_evaluation(here, play, monkeypatch):
