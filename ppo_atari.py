@@ -65,7 +65,7 @@ class Args:
     env_id: str = "PongNoFrameskip-v4"  # any Atari game, also as Pong-v4, ALE/Pong-v5 or module:id
     seed: NonNegativeInt = 1  # of weights, actions, minibatches and environments
     total_timesteps: PositiveInt = 10_000_000  # agent steps of 4 frames, rounded down to rollouts
-    target_return: float = 1e9  # stop once the mean return of 100 episodes reaches this
+    target_return: float = 1e9  # stop once the mean return of 100 episodes reaches this; 1e9: never
     run_name: str | None = None  # a name in runs/, or a folder; default ENV__EXP__SEED__TIME
     exp_name: str = "ppo_atari"  # part of the default run name
     resume: bool = False  # go on with RUN_NAME from its checkpoint, or start it where there is none
@@ -467,7 +467,8 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
         self.writer = SummaryWriter(str(self.folder), purge_step=envs.global_step + 1)
         self.csv = open(self.folder / "episodes.csv", "a", buffering=1)  # line by line
-        self.csv.truncate(size := min(self.state["csv_size"], self.csv.tell()))  # the rest comes
+        size = min(self.state["csv_size"], self.csv.tell())
+        self.csv.truncate(size)  # what came after the checkpoint comes again
         self.csv.write("" if size else "global_step,wall_time,return,length\n")
         if args.track:
             self.start_wandb(args)
@@ -484,8 +485,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.wandb = wandb.init(**where, **what, config=asdict(args), mode=mode)
 
     def goes_on(self):
-        full = len(self.state["returns"]) == 100
-        solved = full and self.mean_return >= self.args.target_return
+        solved = len(self.state["returns"]) == 100 and self.mean_return >= self.args.target_return
         done = self.envs.global_step + self.args.batch_size > self.args.total_timesteps
         return not (done or solved or gather(self.signals))
 
@@ -657,11 +657,12 @@ def prepare(args):  # refuses what cannot work, prepares torch, returns the devi
 
 
 def bf16(args, device):  # auto: where matrix products are faster with it
-    cpu, fast = torch.cpu.get_capabilities(), False
+    fast = False
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        fast = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+        units = torch.cpu.get_capabilities()
+        fast = bool(units.get("avx512_bf16") or units.get("amx_bf16"))
     return args.precision == "bf16" or (args.precision == "auto" and fast)
 
 

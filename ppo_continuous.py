@@ -63,7 +63,7 @@ class Args:
     env_id: str = "HalfCheetah-v5"  # id of a gymnasium environment, also module:id
     seed: NonNegativeInt = 1  # of weights, actions, minibatches and environments
     total_timesteps: PositiveInt = 1_000_000  # of all environments, rounded down to rollouts
-    target_return: float = 1e9  # stop once the mean return of 100 episodes reaches this
+    target_return: float = 1e9  # stop once the mean return of 100 episodes reaches this; 1e9: never
     run_name: str | None = None  # a name in runs/, or a folder; default ENV__EXP__SEED__TIME
     exp_name: str = "ppo_continuous"  # part of the default run name
     resume: bool = False  # go on with RUN_NAME from its checkpoint, or start it where there is none
@@ -518,7 +518,8 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
         self.writer = SummaryWriter(str(self.folder), purge_step=envs.global_step + 1)
         self.csv = open(self.folder / "episodes.csv", "a", buffering=1)  # line by line
-        self.csv.truncate(size := min(self.state["csv_size"], self.csv.tell()))  # the rest comes
+        size = min(self.state["csv_size"], self.csv.tell())
+        self.csv.truncate(size)  # what came after the checkpoint comes again
         self.csv.write("" if size else "global_step,wall_time,return,length\n")
         if args.track:
             self.start_wandb(args)
@@ -535,8 +536,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.wandb = wandb.init(**where, **what, config=asdict(args), mode=mode)
 
     def goes_on(self):
-        full = len(self.state["returns"]) == 100
-        solved = full and self.mean_return >= self.args.target_return
+        solved = len(self.state["returns"]) == 100 and self.mean_return >= self.args.target_return
         done = self.envs.global_step + self.args.batch_size > self.args.total_timesteps
         return not (done or solved or gather(self.signals))
 

@@ -301,7 +301,7 @@ def test_a_job_restarts_after_sigkill_and_ends_saved_after_sigterm(tmp_path):
 
 @over_scripts(SCRIPTS)
 def test_how_processes_meet(script, monkeypatch):
-    """An attempt finds no addresses of the one before; beside a GPU some tensors are on the CPU."""
+    """An attempt finds no addresses of the one before; each process has a GPU of its own."""
     store, started = distributed.HashStore(), {}
     monkeypatch.setattr(script, "WORLD_SIZE", 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
