@@ -585,7 +585,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         self.writer.flush()  # first: what a checkpoint knows of is there with it
         names = ["best.pt", "last.pt"] if mean > self.state["best"] else ["last.pt"]
         self.state |= {"best": max(self.state["best"], mean), "rng": torch.get_rng_state()}
-        self.state |= {"csv_size": self.csv.tell(), "global_step": step}
+        self.state |= {"csv_size": os.stat(self.csv.name).st_size, "global_step": step}
         for name in names:  # all of it or nothing: the old file stays until the new one is complete
             with refusing(f"{name} cannot be written, and stays as it was", OSError, RuntimeError):
                 with open(self.path.with_name("new.pt"), "wb") as file:

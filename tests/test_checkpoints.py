@@ -130,6 +130,9 @@ def test_resume_starts_and_ends(script, here, command):
     assert all(change in line for change in changes)
     before["args"] |= {"total_timesteps": 80, "anneal_lr": False}
     assert read(here / "runs" / "run")["args"] == before["args"]
+    (here / "runs" / "run" / "episodes.csv").unlink()
+    assert command(script, *RESUME, "--total-timesteps", "112").status == 0
+    assert rows(here / "runs" / "run")[0][0] > 80
 
 
 @pytest.mark.parametrize("saved", [0, 1])
@@ -145,10 +148,10 @@ def test_episodes_after_the_last_checkpoint_come_again(saved, here, command, mon
         assert command(script, *args).status == 143
     kept = [row for row in lost if row[0] <= 16 * saved]
     assert rows(folder) == kept and len(kept) < len(lost)
+    assert read(folder)["csv_size"] == (folder / "episodes.csv").stat().st_size  # not as it was
     monkeypatch.setattr(Walk, "longer", 0)
     assert command(script, *args).status == 0
     assert rows(folder)[: len(kept)] == kept and rows(folder)[len(kept)][0] > 16 * (saved + 1)
-    assert read(folder)["csv_size"] == (folder / "episodes.csv").stat().st_size
 
 
 # ---- what is saved, and when ----
