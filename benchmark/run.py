@@ -304,6 +304,7 @@ def main(
     rounds: int = 5,
     baseline: str = sys.executable,
     cleanrl: str = "cleanrl",
+    envpool: str | None = None,
     sb3: str | None = None,
     sbx: str | None = None,
     lean: str | None = None,
@@ -319,6 +320,7 @@ def main(
         rounds: of the speed measurement, each with one run of every side.
         baseline: Python interpreter for CleanRL, with its packages; of `speed` and `cleanrl`.
         cleanrl: a checkout of CleanRL.
+        envpool: Python interpreter for CleanRL's EnvPool script; without, it is left out.
         sb3: Python interpreter for Stable-Baselines3; without, it is left out.
         sbx: Python interpreter for SBX; without, it is left out.
         lean: Python interpreter for LeanRL; without, it is left out.
@@ -326,7 +328,8 @@ def main(
     """
     if studies == ("speed",):
         checkouts = {"cleanrl": str(Path(cleanrl).resolve()), "leanrl": str(Path(leanrl).resolve())}
-        interpreters = {"baseline": baseline, "sb3": sb3, "sbx": sbx, "lean": lean}
+        interpreters = {"baseline": baseline, "envpool": envpool, "sb3": sb3, "sbx": sbx}
+        interpreters |= {"lean": lean}
         return speed.main(
             rounds, checkouts, {name: path for name, path in interpreters.items() if path}
         )

@@ -33,8 +33,9 @@ matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "speed"
 
-# contest: {side: command}; {baseline}, {sb3}, {sbx} and {lean} are interpreters with the packages
-# of CleanRL, Stable-Baselines3, SBX and LeanRL, {cleanrl} and {leanrl} checkouts
+# contest: {side: command}; {baseline}, {envpool}, {sb3}, {sbx} and {lean} are interpreters with the
+# packages of CleanRL, its EnvPool script, Stable-Baselines3, SBX and LeanRL; {cleanrl} and {leanrl}
+# are checkouts
 OURS = "{python} {root}/ppo_continuous.py --total-timesteps 30720 --env-id"
 ONE = " --num-envs 1 --num-steps 2048"
 CLEANRL = "{baseline} {cleanrl}/cleanrl/ppo_continuous_action.py --total-timesteps 14336 --no-cuda"
@@ -45,6 +46,8 @@ CONTESTS = {
         "ours, fp32, eager": "{python} {root}/ppo_atari.py --env-id PongNoFrameskip-v4"
         " --total-timesteps 6144 --precision fp32 --no-compile",
         "CleanRL": "{baseline} {cleanrl}/cleanrl/ppo_atari.py --env-id PongNoFrameskip-v4"
+        " --total-timesteps 5120 --no-cuda",
+        "CleanRL, EnvPool": "{envpool} {cleanrl}/cleanrl/ppo_atari_envpool.py --env-id Pong-v5"
         " --total-timesteps 5120 --no-cuda",
         "Stable-Baselines3": "{sb3} " + OTHERS + " sb3 PongNoFrameskip-v4 5120 8",
     },
@@ -67,15 +70,16 @@ CONTESTS = {
 }
 BASELINES = {  # side: its interpreter
     "CleanRL": "baseline",
+    "CleanRL, EnvPool": "envpool",
     "Stable-Baselines3": "sb3",
     "Stable-Baselines3, 1 environment": "sb3",
     "SBX": "sbx",
     "SBX, 1 environment": "sbx",
     "LeanRL": "lean",
 }
-SHORT = dict.fromkeys(
-    ("python", "baseline", "sb3", "sbx", "lean"), "python"
-)  # as the report calls them
+SHORT = dict.fromkeys(  # as the report calls them
+    ("python", "baseline", "envpool", "sb3", "sbx", "lean"), "python"
+)
 SHORT |= {"root": ".", "cleanrl": "cleanrl", "leanrl": "leanrl"}
 BURN_IN = 3  # iterations
 
@@ -334,14 +338,14 @@ def main(rounds: int, checkouts: dict[str, str], interpreters: dict[str, str]) -
             for side, command in sides.items()
         }
         path.write_text(json.dumps(report, indent=1) + "\n")
+    if "simulators_alone" not in report:
+        report["simulators_alone"] = simulators_alone(seconds=2.0)
+        path.write_text(json.dumps(report, indent=1) + "\n")
     if "first_iteration" not in report:
         report["first_iteration"] = first_iterations(rounds, words, environment)
         path.write_text(json.dumps(report, indent=1) + "\n")
     if "sweep" not in report:
         report["sweep"] = sweep(words, environment)
-        path.write_text(json.dumps(report, indent=1) + "\n")
-    if "simulators_alone" not in report:
-        report["simulators_alone"] = simulators_alone(seconds=2.0)
         path.write_text(json.dumps(report, indent=1) + "\n")
     report = json.loads(path.read_text())  # whose keys are all strings
     plot(report)
