@@ -433,7 +433,7 @@ def train(args):
 def evaluate(agent, args, videos=None, name="episode"):  # returns, unscaled
     if videos and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display, if told to
-    options = {"render_mode": "human" if args.render else "rgb_array"}
+    options = {"render_mode": "rgb_array" if videos else "human"}
     env = make_env(args.env_id, **options if args.render or videos else {})
     space, agent = env.env.action_space, copy.deepcopy(agent).cpu().eval()
     if videos:
@@ -458,7 +458,7 @@ def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside 
     checkpoint, agent = load_checkpoint(path), Agent(env.observation_space, env.action_space)
     restore({"agent": agent.state_dict()}, checkpoint)
     name = f"{path.stem}-step-{checkpoint['global_step']}"
-    videos = path.parent.parent / "videos" if args.capture_video else None
+    videos = None if args.render or not args.capture_video else path.parent.parent / "videos"
     returns = evaluate(agent, args, videos, name)
     print(f"{name}: return {np.mean(returns):.2f} ± {np.std(returns):.2f}, {len(returns)} episodes")
     path.with_name("eval.json").write_text(json.dumps({"args": asdict(args), "returns": returns}))

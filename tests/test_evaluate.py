@@ -100,6 +100,16 @@ def test_videos_of_an_evaluation(here, play, monkeypatch):
     assert frames == [n + 1 for n in returns]  # which are lengths here
 
 
+def test_a_window_instead_of_the_videos_of_training(here, play, monkeypatch):
+    made, make_env = [], ppo_continuous.make_env
+    ppo_continuous.train(tiny(ppo_continuous, 1, capture_video=True))
+    monkeypatch.setattr(
+        ppo_continuous, "make_env", lambda *x, **how: made.append(how) or make_env(*x, **how)
+    )
+    play(ppo_continuous, "--render")
+    assert {"render_mode": "human"} in made and len([*here.glob("runs/run/videos/*.mp4")]) == 1
+
+
 def test_videos_of_a_training(here, monkeypatch):
     """One at each checkpoint; the training is what it would be without, and so if one fails."""
     agents, script = {}, ppo_continuous
