@@ -2,13 +2,13 @@
 
     python benchmark/plot.py
 
-Each study gets a picture, its learning curves with the mean over seeds in bold, and a table of
-final returns. The tables of docs/ are made here as well, between their marks.
+Each study gets a picture of its learning curves and a table of final returns. The tables of docs/
+and benchmark/README.md are made here as well, between their marks. Figures are 840 pixels wide.
 """
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -18,38 +18,60 @@ import matplotlib.pyplot as plt
 import numpy as np
 import speed
 import tyro
+from details import DETAIL_TASKS, DETAILS
 from matplotlib.ticker import EngFormatter
+from scipy import stats
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
+plt.rcParams |= {"font.size": 8.5, "axes.titlesize": 9.5, "legend.fontsize": 8, "figure.dpi": 100}
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
+WIDTH = 8.4  # inches, so 840 pixels
+# Okabe and Ito's colours, each with one meaning in all figures
+OURS, CHANGED, KL, CLEANRL, BLACK = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#000000"
+
 # docs' table of results: study, environment, script, its arguments, and the means published for
-# older versions of the task: of CleanRL's scripts (HalfCheetah's second one in December 2022) and,
+# older versions of the task: of CleanRL's scripts (CartPole's of ppo.py, after 0.5M steps) and,
 # by Huang et al. (2022), of openai/baselines' on Atari:
 # https://docs.cleanrl.dev/rl-algorithms/ppo/; of baselines' on MuJoCo:
 # https://github.com/openai/baselines/blob/master/benchmarks_mujoco1M.htm
 DOCS_ROWS = (
-    ("mujoco", "HalfCheetah-v5", "ppo_continuous.py", "defaults", "1443 ± 46, 2906 ± 1129", "1669"),
+    ("mujoco", "HalfCheetah-v5", "ppo_continuous.py", "defaults", "1443 ± 46", "1669"),
     ("mujoco", "Hopper-v5", "ppo_continuous.py", "defaults", "2383 ± 272", "2316"),
     ("mujoco", "Walker2d-v5", "ppo_continuous.py", "defaults", "2288 ± 572", "3425"),
     ("mujoco", "Swimmer-v5", "ppo_continuous.py", "defaults", "", "111"),
     ("mujoco", "InvertedDoublePendulum-v5", "ppo_continuous.py", "defaults", "", "7103"),
     ("mujoco", "Ant-v5", "ppo_continuous.py", "defaults", "", ""),
-    ("mujoco", "Humanoid-v5", "ppo_continuous.py", "defaults", "716", ""),
+    ("mujoco", "Humanoid-v5", "ppo_continuous.py", "defaults", "716 ± 49", ""),
     ("mujoco", "Hopper-v5", "ppo_kl_penalty.py", "defaults: adaptive β, d_targ 0.01", "", ""),
     ("interrupted", "Hopper-v5", "ppo_continuous.py", "killed 7 to 15 times and resumed", "", ""),
     ("classic", "BipedalWalker-v3", "ppo_continuous.py", "`--gamma 0.995`", "", ""),
     ("classic", "Pendulum-v1", "ppo_continuous.py", "recipe", "", ""),
     ("classic", "LunarLander-v3", "ppo_kl_penalty.py", "`--gamma 0.995`", "", ""),
-    ("classic", "CartPole-v1", "ppo_kl_penalty.py", "defaults", "", ""),
-    ("rewritten", "HalfCheetah-v5", "ppo_continuous.py", "defaults, rewritten script", "", ""),
-    ("rewritten", "Hopper-v5", "ppo_continuous.py", "defaults, rewritten script", "", ""),
+    ("classic", "CartPole-v1", "ppo_kl_penalty.py", "defaults", "490 ± 6", "498 ± 4"),
+    ("rewritten", "HalfCheetah-v5", "ppo_continuous.py", "rewritten", "", ""),
+    ("rewritten", "Hopper-v5", "ppo_continuous.py", "rewritten", "", ""),
     ("rewritten", "LunarLander-v3", "ppo_continuous.py", "`--gamma 0.995`, rewritten", "", ""),
-    ("rewritten", "CartPole-v1", "ppo_continuous.py", "defaults, rewritten script", "", ""),
+    (
+        "rewritten",
+        "CartPole-v1",
+        "ppo_continuous.py",
+        "rewritten",
+        "490 ± 6",
+        "498 ± 4",
+    ),
     ("pong/bf16", "PongNoFrameskip-v4", "ppo_atari.py", "recipe", "", ""),
     ("atari", "PongNoFrameskip-v4", "ppo_atari.py", "defaults", "20.36 ± 0.20", "20.5"),
     ("atari", "BreakoutNoFrameskip-v4", "ppo_atari.py", "defaults", "415 ± 28", "407"),
 )
+
+PUBLISHERS = (("CleanRL, published", CLEANRL), ("baselines, published", BLACK))
+PUBLISHED = {  # their means, of those that have one
+    env_id: [float(text.split(" ")[0]) if text else None for text in published]
+    for _, env_id, _, _, *published in DOCS_ROWS
+    if any(published)
+}
 
 # Studies that change one thing of the runs of another one, which are shown beside them: its name,
 # their label
@@ -78,33 +100,57 @@ def beside(runs: dict, label: str, other: str, other_label: str) -> dict:
     return both
 
 
+def draw(axis: plt.Axes, group: list[dict], color: str, label: str, scale: float = 1.0) -> None:
+    """Each seed faintly, their mean, and its 95 % band by Student's t; x is scale · step."""
+    curves = [np.array(run["curve"], dtype=float) for run in group]
+    steps = np.linspace(max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves), 200)
+    values = np.array([np.interp(steps, *curve.T) for curve in curves])
+    for curve in curves:
+        axis.plot(scale * curve[:, 0], curve[:, 1], color=color, alpha=0.25, linewidth=0.6)
+    mean = values.mean(0)
+    if len(curves) > 2:
+        half = stats.t.ppf(0.975, len(curves) - 1) * stats.sem(values)
+        axis.fill_between(scale * steps, mean - half, mean + half, color=color, alpha=0.15, lw=0)
+    label += f" ({len(curves)} seed{'s' if len(curves) > 1 else ''})"
+    axis.plot(scale * steps, mean, color=color, linewidth=1.8, label=label)
+
+
+def panels(number: int, height: float = 2.7) -> tuple[plt.Figure, list[plt.Axes]]:
+    """At most three in a row."""
+    rows = -(-number // 3)
+    columns = -(-number // rows)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height * rows), squeeze=False)
+    for axis in axes.flat[number:]:
+        axis.remove()
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("return, mean of 100 episodes")
+    return figure, list(axes.flat[:number])
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def plot(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
     env_ids = sorted({env_id for env_id, _ in runs})
-    rows = -(-len(env_ids) // 4)
-    columns = -(-len(env_ids) // rows)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False)
-    for axis in axes.flat[len(env_ids) :]:
-        axis.remove()
-    for axis, env_id in zip(axes.flat, env_ids, strict=False):
-        scripts = [script for env, script in runs if env == env_id]
-        for script, color in zip(scripts, plt.cm.tab10.colors, strict=False):
-            curves = [np.array(run["curve"], dtype=float) for run in runs[env_id, script]]
-            for curve in curves:
-                axis.plot(*curve.T, color=color, alpha=0.35, linewidth=0.8)
-            steps = np.linspace(max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves), 200)
-            mean = np.mean([np.interp(steps, *curve.T) for curve in curves], axis=0)
-            label = f"{script} ({len(curves)} seed{'s' if len(curves) > 1 else ''})"
-            axis.plot(steps, mean, color=color, linewidth=1.8, label=label)
+    figure, axes = panels(len(env_ids))
+    for axis, env_id in zip(axes, env_ids, strict=True):
+        colors = [OURS, CHANGED, KL, "#CC79A7", "#D55E00", BLACK, "#F0E442"]
+        for script in (script for env, script in runs if env == env_id):
+            color = KL if script == "ppo_kl_penalty.py" else colors.pop(0)
+            draw(axis, runs[env_id, script], color, script.replace("ppo_continuous.py", "clipped"))
+        for published, (name, color) in zip(PUBLISHED.get(env_id, ()), PUBLISHERS, strict=False):
+            if published:
+                axis.axhline(published, color=color, linestyle="--", linewidth=1.2, label=name)
         axis.set_title(env_id)
         axis.set_xlabel("steps")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("return, mean of 100 episodes")
-    figure.tight_layout()
-    figure.savefig(study / "curves.png", dpi=130)
-    plt.close(figure)
+        axis.legend(fontsize=7.5)
+    save(figure, study / "curves.png")
 
 
 def per_seed(finals: np.ndarray, digits: int = 1) -> tuple[str, str]:
@@ -124,7 +170,7 @@ def tabulate(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
     titles = ("environment", "script", "steps", "final return per seed", "median", "mean ± sd")
     rows = [f"| {' | '.join(titles)} | minutes per run |", "|---" * 7 + "|"]
     for (env_id, script), group in runs.items():
-        finals = np.array([run["final_mean_return"] for run in group])
+        finals = finals_of(group)
         minutes = np.median([run["wall_time"] for run in group]) / 60
         (each, mean), median = per_seed(finals), np.median(finals)
         cells = (
@@ -146,12 +192,26 @@ def results() -> list[str]:
     rows = [f"| {' | '.join(titles)} | baselines |", "|---" * 8 + "|"]
     for study, env_id, script, arguments, *published in DOCS_ROWS:
         if group := load(RESULTS / study).get((env_id, script)):
-            finals = np.array([run["final_mean_return"] for run in group])
+            finals = finals_of(group)
             steps = f"{steps_of(group) / 1e6:.2g}M"
             each, mean = per_seed(finals, digits=0 if abs(finals).max() >= 100 else 1)
             others = [text or "–" for text in published]
             cells = (env_id, f"`{script}`", steps, arguments, each, mean, *others)
             rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def pong(folder: Path) -> list[str]:
+    """When each seed of Pong's recipe was solved, by the points that its summary keeps."""
+    rows = [
+        "| | mean return at the end | reached 19.5 after, in millions of steps |",
+        "|---|---|---|",
+    ]
+    for how in ("bf16", "fp32", "fp32-eager"):
+        runs = sum(load(folder / how).values(), [])
+        solved = [next((step for step, mean in run["curve"] if mean >= 19.5), None) for run in runs]
+        steps = ", ".join(f"{step / 1e6:.2f}" if step else "never" for step in solved)
+        rows.append(f"| {how.replace('-', ', ')} | {per_seed(finals_of(runs))[0]} | {steps} |")
     return rows
 
 
@@ -161,56 +221,81 @@ def fill(text: str, name: str, lines: list[str]) -> str:
     return marks.sub(lambda found: "\n".join([found[1], *lines, "", found[2]]), text)
 
 
-def means_drawn_again(
-    returns: np.ndarray, rng: np.random.Generator, draws: int = 10_000
-) -> np.ndarray:
-    """Of the returns of two or more seeds, for a bootstrap interval.
+def interval(samples: list[np.ndarray], weights: list[float]) -> tuple[float, float, float]:
+    """Σ wᵢ · mean of sample i, and the ends of its 95 % interval, after Welch and Satterthwaite.
 
-    Seeds drawn again vary less than new ones would, by (n - 1) / n: their deviations are enlarged.
+    With weights 1 and -1 it is Welch's interval of a difference.
     """
-    deviations = returns - returns.mean()
-    enlarged = returns.mean() + deviations * np.sqrt(len(returns) / (len(returns) - 1))
-    return rng.choice(enlarged, (draws, len(returns))).mean(1)
+    mean = sum(w * x.mean() for w, x in zip(weights, samples, strict=True))
+    parts = np.array([w**2 * x.var(ddof=1) / len(x) for w, x in zip(weights, samples, strict=True)])
+    freedom = parts.sum() ** 2 / sum(parts**2 / [len(x) - 1 for x in samples])
+    half = stats.t.ppf(0.975, freedom) * parts.sum() ** 0.5
+    return float(mean), float(mean - half), float(mean + half)
 
 
-def cleanrl(folder: Path) -> list[str]:
-    """CleanRL's runs beside ours of the same tasks, and how much better ours are, for docs/."""
-    ours, theirs = load(RESULTS / "mujoco"), load(folder)
-    rows = [
-        "| task | ours, v5 (seeds) | CleanRL, v4 (seeds) | difference | 95 % |",
-        "|---" * 5 + "|",
-    ]
-    runs = {}
-    for (env_id, script), group in theirs.items():
-        task = env_id.removesuffix("-v4")
-        mine = ours.get((f"{task}-v5", "ppo_continuous.py"))
-        if mine is None:
-            continue
-        runs |= {(task, "ppo_continuous.py, v5"): mine, (task, f"{script}, v4"): group}
-        finals = [np.array([run["final_mean_return"] for run in side]) for side in (mine, group)]
-        cells = [f"{x.mean():.1f} ± {x.std(ddof=1):.1f} ({len(x)})" for x in finals if len(x) > 1]
-        if len(cells) == 2:
-            rng = np.random.default_rng(0)
-            mean, other = (means_drawn_again(x, rng) for x in finals)
-            low, high = np.quantile(mean - other, (0.025, 0.975))
-            cells += [f"{finals[0].mean() - finals[1].mean():.1f}", f"{low:.0f} to {high:.0f}"]
-            rows.append(f"| {task} | {' | '.join(cells)} |")
-    plot(folder, runs)
+def finals_of(group: list[dict]) -> np.ndarray:
+    return np.array([run["final_mean_return"] for run in group])
+
+
+def cleanrl(folder: Path, rates: dict[str, dict[str, float]]) -> list[str]:
+    """CleanRL's runs beside ours of the same tasks: two figures, and the table of docs/.
+
+    `rates` has the steps per second of both sides on each task, where they were measured.
+    """
+    ours, theirs = load(RESULTS / "mujoco-v4"), load(folder)
+    rows = ["| task | ours (seeds) | CleanRL (seeds) | difference | 95 % |", "|---" * 5 + "|"]
+    pairs = {  # task: runs of both sides
+        env_id.removesuffix("-v4"): (ours[env_id, "ppo_continuous.py"], group)
+        for (env_id, _), group in theirs.items()
+        if (env_id, "ppo_continuous.py") in ours
+    }
+    for task, sides in pairs.items():
+        finals = [finals_of(side) for side in sides]
+        cells = [f"{x.mean():.0f} ± {x.std(ddof=1):.0f} ({len(x)})" for x in finals]
+        mean, low, high = interval(finals, [1.0, -1.0])
+        rows.append(f"| {task}-v4 | {' | '.join(cells)} | {mean:.0f} | {low:.0f} to {high:.0f} |")
+    timed = {task: sides for task, sides in pairs.items() if task in rates}
+    minutes = {
+        (task, side): 1 / (60.0 * rate) for task, of in rates.items() for side, rate in of.items()
+    }
+    side_by_side(pairs, {}, folder / "learning.png")
+    side_by_side(timed, minutes, folder / "minutes.png")
     (folder / "table.md").write_text("\n".join(rows) + "\n")
     return rows
+
+
+def side_by_side(pairs: dict, rates: dict[str, dict[str, float]], path: Path) -> None:
+    """Ours and CleanRL's of each task against steps, or against minutes at these steps/s."""
+    if not pairs:
+        return
+    figure, axes = panels(len(pairs), 3.0)
+    for axis, (task, sides) in zip(axes, pairs.items(), strict=True):
+        for side, group, color in zip(("ours", "CleanRL"), sides, (OURS, CLEANRL), strict=True):
+            draw(axis, group, color, side, 1.0 / (60.0 * rates[task][side]) if rates else 1.0)
+        for value, (name, color) in zip(PUBLISHED[f"{task}-v5"], PUBLISHERS, strict=True):
+            axis.axhline(value, color=color, linestyle="--", linewidth=1.2, label=name)
+        axis.set_title(task)
+        axis.set_xlabel("minutes" if rates else "steps")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    handles, labels = axes[0].get_legend_handles_labels()
+    labels = [label.partition(" (")[0] for label in labels]
+    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0.0, 0.07, 1.0, 1.0))
+    figure.savefig(path)
+    plt.close(figure)
 
 
 # [PPO] Table 1, by the folders of results/paper/
 PAPER_SCORES = {"none": -0.39, "clip-0.1": 0.76, "clip-0.2": 0.82, "clip-0.3": 0.70}
 PAPER_SCORES |= {"adaptive-0.003": 0.68, "adaptive-0.01": 0.74, "adaptive-0.03": 0.71}
 PAPER_SCORES |= {"fixed-0.3": 0.62, "fixed-1": 0.71, "fixed-3": 0.72, "fixed-10": 0.69}
-
-
-def bootstrap(scores: list[np.ndarray]) -> tuple[float, float]:
-    """95 % interval of the mean over tasks and seeds, the seeds of each task drawn again."""
-    rng = np.random.default_rng(0)
-    means = [means_drawn_again(x, rng) for x in scores]
-    return tuple(np.quantile(np.mean(means, axis=0), (0.025, 0.975)))
+PAPER_NAMES = {"none": "no limit", "clip": "clipped, ε = {}"}
+PAPER_NAMES |= {"adaptive": "adaptive KL, d_targ = {}", "fixed": "fixed KL, β = {}"}
+PAPER_NAMES = {
+    objective: PAPER_NAMES[kind].format(value)
+    for objective in PAPER_SCORES
+    for kind, _, value in [objective.partition("-")]
+}
 
 
 def paper(folder: Path) -> list[str]:
@@ -221,10 +306,7 @@ def paper(folder: Path) -> list[str]:
     finals = {}  # objective: {task: final returns}
     for objective in ("random", *PAPER_SCORES):
         runs = load(folder / objective)
-        finals[objective] = {
-            env_id: np.array([run["final_mean_return"] for run in group])
-            for (env_id, _), group in runs.items()
-        }
+        finals[objective] = {env_id: finals_of(group) for (env_id, _), group in runs.items()}
     floor = {task: returns.mean() for task, returns in finals.pop("random").items()}
     best = {task: max(max(of.get(task, [-np.inf])) for of in finals.values()) for task in floor}
     titles = [task.removesuffix("-v5") for task in floor]
@@ -241,13 +323,14 @@ def paper(folder: Path) -> list[str]:
         ]
         cells = [f"{of[task].mean():.1f}" if task in of else "" for task in floor]
         runs, seeds = sum(map(len, of.values())), min(map(len, of.values()))
-        score = interval = ""
+        score = ends = ""
         if len(of) == len(floor) and several:
             score = f"{np.mean([x.mean() for x in scores]):.2f}"
-            low, high = bootstrap(scores) if seeds > 1 else (np.nan, np.nan)
-            interval = f"{low:.2f} to {high:.2f}" if seeds > 1 else ""
+            equal = [1 / len(scores)] * len(scores)
+            _, low, high = interval(scores, equal) if seeds > 1 else [np.nan] * 3
+            ends = f"{low:.2f} to {high:.2f}" if seeds > 1 else ""
             shown[objective] = (float(score), low, high, seeds)
-        texts = [objective, str(runs), score, interval, f"{PAPER_SCORES[objective]:.2f}", *cells]
+        texts = [objective, str(runs), score, ends, f"{PAPER_SCORES[objective]:.2f}", *cells]
         rows.append(f"| {' | '.join(texts)} |")
     ends = ", ".join(f"{task} {floor[task]:.1f} to {best[task]:.1f}" for task in floor)
     rows += ["", f"Scores 0 to 1 stand for: {ends}.", ""]
@@ -259,40 +342,130 @@ def paper(folder: Path) -> list[str]:
     (folder / "table.md").write_text("\n".join(rows) + "\n")
     short = ["| objective | seeds | score | 95 % | paper |", "|---|---|---|---|---|"]
     for objective, (score, low, high, seeds) in shown.items():
-        interval = f"{low:.2f} to {high:.2f}" if seeds > 1 else ""
+        ends = f"{low:.2f} to {high:.2f}" if seeds > 1 else ""
         paper_score = f"{PAPER_SCORES[objective]:.2f}"
-        short.append(f"| {objective} | {seeds} | {score:.2f} | {interval} | {paper_score} |")
+        short.append(f"| {objective} | {seeds} | {score:.2f} | {ends} | {paper_score} |")
     if not shown:
         return short
-    figure, axis = plt.subplots(figsize=(6.5, 0.35 * len(shown) + 1.0))
-    for row, (objective, (score, low, high, _)) in enumerate(shown.items()):
-        axis.barh(row, score, color="tab:blue", alpha=0.6)
-        axis.plot([low, high], [row, row], color="tab:blue")
-        axis.plot(PAPER_SCORES[objective], row, "k|", markersize=14)
-    axis.set_yticks(range(len(shown)), list(shown))
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.3 * len(shown) + 1.2))
+    for row, (score, low, high, _) in enumerate(shown.values()):
+        axis.plot([low, high], [row, row], color=OURS, linewidth=1.5)
+        axis.plot(score, row, "o", color=OURS, label="" if row else "ours, and its 95 % interval")
+    axis.plot(
+        [PAPER_SCORES[objective] for objective in shown], range(len(shown)), "D", markersize=5,
+        color=BLACK, fillstyle="none", label="the paper",
+    )  # fmt: skip
+    axis.set_yticks(range(len(shown)), [PAPER_NAMES[objective] for objective in shown])
     axis.invert_yaxis()
-    axis.set_xlabel("normalised score: ours (bar, 95 % interval), the paper's (mark)")
-    figure.tight_layout()
-    figure.savefig(folder / "table1.png", dpi=130)
-    plt.close(figure)
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_xlabel("score: 0 for random actions, 1 for the best run of a task; mean over tasks")
+    axis.legend(loc="center left", bbox_to_anchor=(0.3, 0.5))
+    save(figure, folder / "table1.png")
     return short
 
 
+# What else has the runs of scripts with all details: the same learning, before and after rewriting
+WITH_ALL_DETAILS = ("mujoco", "rewritten")
+
+
+def details(folder: Path) -> list[str]:
+    """What each detail is worth: the score with all of them minus that without it, for docs/.
+
+    Scores as in the paper's Table 1, of the tasks that there are at least three runs of.
+    """
+    everything = [load(RESULTS / study) for study in WITH_ALL_DETAILS]
+    names = [f"{task}-v5" for task in DETAIL_TASKS]
+    full = {
+        name: finals_of(sum([of.get((name, "ppo_continuous.py"), []) for of in everything], []))
+        for name in names
+    }
+    without = {
+        detail: {env_id: finals_of(group) for (env_id, _), group in load(folder / detail).items()}
+        for detail in DETAILS
+    }
+    random = load(RESULTS / "paper" / "random") | load(folder / "random")
+    floor = {env_id: finals_of(group).mean() for (env_id, _), group in random.items()}
+    best = {
+        name: max(
+            x.max() for x in (full[name], *(of.get(name, full[name]) for of in without.values()))
+        )
+        for name in names
+    }
+    effects = {}
+    for detail, of in without.items():
+        tasks = [name for name in names if len(of.get(name, ())) > 2]
+        if tasks:
+            sides = [(full[name], 1.0) for name in tasks] + [(of[name], -1.0) for name in tasks]
+            scale = [best[name] - floor[name] for name in tasks] * 2
+            samples = [x / size for (x, _), size in zip(sides, scale, strict=True)]
+            weights = [sign / len(tasks) for _, sign in sides]
+            effects[detail] = (*interval(samples, weights), tasks)
+    rows = ["| # | without it | worth | 95 % | verdict | tasks |", "|---" * 6 + "|"]
+    order = sorted(effects, key=lambda detail: -effects[detail][0])
+    for detail in order:
+        worth, low, high, tasks = effects[detail]
+        shown = ", ".join(task.removesuffix("-v5") for task in tasks)
+        cells = (DETAILS[detail].number, DETAILS[detail].instead, f"{worth:.2f}",
+                 f"{low:.2f} to {high:.2f}", verdict(worth, low, high), shown)  # fmt: skip
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    if order:
+        figure, axis = plt.subplots(figsize=(WIDTH, 0.27 * len(order) + 1.0))
+        for row, detail in enumerate(order):
+            worth, low, high, _ = effects[detail]
+            axis.plot([low, high], [row, row], color=OURS, linewidth=1.5)
+            axis.plot(worth, row, "o", color=OURS)
+        axis.axvline(0.0, color=BLACK, linewidth=0.8)
+        axis.set_yticks(range(len(order)), [DETAILS[detail].instead for detail in order])
+        axis.invert_yaxis()
+        axis.grid(axis="x", alpha=0.25)
+        axis.set_xlabel("score lost without the detail, and 95 % interval; right of 0 it helps")
+        save(figure, folder / "worth.png")
+    (folder / "table.md").write_text("\n".join(rows) + "\n")
+    return rows
+
+
+def verdict(worth: float, low: float, high: float) -> str:
+    if low > 0.0:
+        return "essential" if worth > 0.25 else "helps"
+    return "hurts" if high < 0.0 else "none seen"
+
+
+def provenance() -> list[str]:
+    """Of each study: runs by commit and processor, as their summaries say; for benchmark/README."""
+    counts = Counter()
+    for path in sorted(RESULTS.rglob("*__*.json")):
+        run = json.loads(path.read_text())
+        commit = run.get("git") or run.get("git_commit") or "not recorded"
+        study = path.relative_to(RESULTS).parts[0]
+        threads = run["machine"].rpartition(", ")[2].removesuffix("s")
+        counts[study, commit[:7], run.get("processor") or "not recorded", threads] += 1
+    rows = ["| study | runs | commit | processor, two cores | of each run |", "|---" * 5 + "|"]
+    for (study, commit, processor, threads), number in counts.items():
+        rows.append(f"| `{study}` | {number} | {commit} | {processor} | {threads} |")
+    return rows
+
+
 def main() -> None:
-    tables, measured = {"results": results()}, RESULTS / "speed" / "speed.json"
-    if (RESULTS / "paper" / "random").exists():
-        tables["objectives"] = paper(RESULTS / "paper")
-    if (RESULTS / "cleanrl").exists():
-        tables["cleanrl"] = cleanrl(RESULTS / "cleanrl")
-    if measured.exists():
-        tables["speed"] = speed.summarize(json.loads(measured.read_text()))
-    for path in DOCS.glob("*.md"):
+    measured = RESULTS / "speed" / "speed.json"
+    report = json.loads(measured.read_text()) if measured.exists() else {"contests": {}}
+    makers = {
+        "paper": ("objectives", paper),
+        "cleanrl": ("cleanrl", lambda folder: cleanrl(folder, speed.medians(report))),
+        "details": ("details", details),
+        "pong": ("pong", pong),
+        "speed": ("speed", lambda folder: speed.publish(report)),
+    }
+    tables = {"results": results(), "provenance": provenance()}
+    for study, (table, make) in makers.items():
+        if (RESULTS / study).exists():
+            tables[table] = make(RESULTS / study)
+    for path in (*DOCS.glob("*.md"), RESULTS.parent / "README.md"):
         text = path.read_text()
         for name, table in tables.items():
             text = fill(text, name, table)
         path.write_text(text)
     others = {path for path in RESULTS.iterdir() if path.is_dir()}
-    for study in sorted(others - {RESULTS / "paper", RESULTS / "cleanrl"}):
+    for study in sorted(others - {RESULTS / name for name in ("paper", "cleanrl", "details")}):
         if runs := load(study):
             if study.name in BESIDE:
                 runs = beside(runs, study.name, *BESIDE[study.name])

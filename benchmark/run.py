@@ -25,6 +25,7 @@ from pathlib import Path
 
 import speed
 import tyro
+from details import ATARI_DETAILS, DETAIL_TASKS, DETAILS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,6 +81,10 @@ STUDIES = (
             (CLEANRL_SCRIPT, f"{task}-v4", 5, "--total-timesteps 1000000 --no-cuda")
             for task in ("HalfCheetah", "Hopper", "Walker2d")
         ],
+        "mujoco-v4": [  # the same tasks as CleanRL's, on the versions named in benchmark/README.md
+            ("ppo_continuous.py", f"{task}-v4", 10, "")
+            for task in ("HalfCheetah", "Hopper", "Walker2d")
+        ],
         "classic": [
             ("ppo_continuous.py", "BipedalWalker-v3", 5, "--total-timesteps 2000000 --gamma 0.995"),
             ("ppo_continuous.py", "Pendulum-v1", 5, PENDULUM_RECIPE),
@@ -98,6 +103,29 @@ STUDIES = (
         "atari": [
             ("ppo_atari.py", f"{game}NoFrameskip-v4", 3, "") for game in ("Breakout", "Pong")
         ],
+    }
+    | {
+        "details/random": paper_study(  # the zero of the scores, beside that of `paper`
+            "ppo_continuous.py", "--total-timesteps 50000 --learning-rate 0", 1, ("Ant",)
+        ),
+    }
+    | {  # beside the same runs of `mujoco` and `rewritten`
+        f"details/{name}": [
+            ("benchmark/details.py", f"{task}-v5", 5, f"--detail {name} {detail.flags}")
+            for task in DETAIL_TASKS
+        ]
+        for name, detail in DETAILS.items()
+    }
+    | {
+        f"details-atari/{name}": [
+            (
+                "benchmark/details.py",
+                "BreakoutNoFrameskip-v4" if name == "no-life-loss" else "PongNoFrameskip-v4",
+                3,
+                f"--detail {name} --total-timesteps 2000000 {detail.flags}",
+            )
+        ]
+        for name, detail in ATARI_DETAILS.items()
     }
     | {
         f"pong/{name}": [
@@ -301,6 +329,7 @@ def main(
     workers: int = os.cpu_count() or 1,
     threads: int = 1,
     seeds: int | None = None,
+    envs: tuple[str, ...] = (),
     rounds: int = 5,
     baseline: str = sys.executable,
     cleanrl: str = "cleanrl",
@@ -317,6 +346,7 @@ def main(
         workers: runs at a time.
         threads: of each run; ppo_atari.py alone uses more than one.
         seeds: at most so many of each, where time does not suffice for all.
+        envs: only these environments, where time does not suffice for all.
         rounds: of the speed measurement, each with one run of every side.
         baseline: Python interpreter for CleanRL, with its packages; of `speed` and `cleanrl`.
         cleanrl: a checkout of CleanRL.
@@ -336,7 +366,7 @@ def main(
     families = {name: {name, name.partition("/")[0], "all"} for name in STUDIES}
     unknown = set(studies) - set().union(*families.values())
     if unknown or not studies:
-        names = f"{', '.join(STUDIES)}, paper, all and speed"
+        names = ", ".join([*STUDIES, "paper", "details", "all and speed"])
         sys.exit(f"error: no study {', '.join(sorted(unknown)) or 'given'}; there are {names}")
     runs = [
         Run(name, script, env_id, seed, flags, *processes)
@@ -344,6 +374,7 @@ def main(
         if family & set(studies)
         for script, env_id, most, flags, *processes in STUDIES[name]
         for seed in range(1, min(most, seeds or most) + 1)
+        if not envs or env_id in envs
     ]
     runs.sort(key=lambda run: run.seed)  # stopped early, every study has some of its seeds
     with ThreadPoolExecutor(workers) as pool:

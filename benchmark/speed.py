@@ -82,6 +82,9 @@ SHORT = dict.fromkeys(  # as the report calls them
 )
 SHORT |= {"root": ".", "cleanrl": "cleanrl", "leanrl": "leanrl"}
 BURN_IN = 3  # iterations
+CARTPOLE = "{python} {root}/ppo_continuous.py --env-id CartPole-v1 --total-timesteps 200000"
+STARTS = {"CartPole": CARTPOLE, "HalfCheetah": OURS.replace("30720", "8192") + " HalfCheetah-v4"}
+SOLVED = 475.0  # mean return of 100 episodes, of CartPole-v1
 
 # name: (command, transitions per batch) for each number of environments of SWEEP
 SWEEPS = {
@@ -103,7 +106,9 @@ SIMULATORS: dict[str, Callable[[int], tuple]] = {
 class Measurement:
     steps_per_second: float
     peak_megabytes: float
-    first_iteration: float | None  # seconds from the command to its end
+    first: float | None  # seconds from the command to the end of the first iteration
+    solved: float | None  # to a mean return of 100 episodes of SOLVED
+    end: float  # to the end of the process
 
 
 def measure(command: str, folder: Path, environment: dict[str, str]) -> Measurement:
@@ -118,18 +123,26 @@ def measure(command: str, folder: Path, environment: dict[str, str]) -> Measurem
     )
     output = process.stdout.read().decode(errors="replace")
     _, status, usage = os.wait4(process.pid, 0)
+    end = time.time() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{command}\n{output[-2000:]}")
     if rates := re.findall(r"speed: *([\d.]+) sps", output):
-        return Measurement(float(rates[-1]), usage.ru_maxrss / 1024, None)
+        return Measurement(float(rates[-1]), usage.ru_maxrss / 1024, None, None, end)
     (events,) = folder.glob("runs/*/events.out.tfevents.*")
-    reader = EventAccumulator(str(events)).Reload()
+    reader = EventAccumulator(str(events), {"scalars": 0}).Reload()
     ours = "losses/policy_loss" in reader.Tags()["scalars"]  # and CleanRL's: once per iteration
     points = reader.Scalars("losses/policy_loss" if ours else "time/fps")
     first, *_, last = points[BURN_IN - 1 :]
     rate = (last.step - first.step) / (last.wall_time - first.wall_time)
-    return Measurement(rate, usage.ru_maxrss / 1024, points[0].wall_time - start)
+    episodes = reader.Scalars("charts/episodic_return") if ours else []
+    solved = [
+        last.wall_time - start
+        for i, last in enumerate(episodes[99:])
+        if statistics.fmean(x.value for x in episodes[i : i + 100]) >= SOLVED
+    ]
+    first = points[0].wall_time - start
+    return Measurement(rate, usage.ru_maxrss / 1024, first, min(solved, default=None), end)
 
 
 def processor() -> str:
@@ -183,27 +196,29 @@ def simulators_alone(seconds: float) -> dict[str, dict[int, float]]:
     return rows
 
 
-def first_iterations(
+def starts(
     rounds: int, words: dict, environment: dict[str, str]
-) -> dict[str, dict[str, float]]:
-    """Median seconds from the command to the first iteration's end, caches empty and warm."""
+) -> dict[str, dict[str, dict[str, list[float | None]]]]:
+    """Seconds from the command to what happens, with the compiler's cache empty and warm."""
     rows = {}
-    for name in SWEEPS:
-        seconds = {"empty": [], "warm": []}
-        for _ in range(rounds):
-            with tempfile.TemporaryDirectory() as cache:
-                for state in seconds:
-                    one = run(
-                        CONTESTS[name]["ours"],
-                        words,
-                        environment | {"TORCHINDUCTOR_CACHE_DIR": cache},
-                    )
-                    seconds[state].append(one.first_iteration)
-        rows[name] = {
-            state: round(statistics.median(values), 1) for state, values in seconds.items()
-        }
-        print(name, "first iteration, seconds:", rows[name], flush=True)
+    for _, (name, command) in itertools.product(range(rounds), STARTS.items()):
+        with tempfile.TemporaryDirectory() as cache:
+            for state in ("empty", "warm"):
+                one = run(command, words, environment | {"TORCHINDUCTOR_CACHE_DIR": cache})
+                row = rows.setdefault(name, {}).setdefault(state, {})
+                for what in ("first", "solved", "end"):
+                    seconds = getattr(one, what)
+                    row.setdefault(what, []).append(seconds and round(seconds, 1))
+                print(name, state, row, flush=True)
     return rows
+
+
+def medians(report: dict) -> dict[str, dict[str, float]]:
+    """Steps per second of each side in each contest."""
+    return {
+        contest: {side: statistics.median(one["steps_per_second"]) for side, one in sides.items()}
+        for contest, sides in report["contests"].items()
+    }
 
 
 def ratio(sides: dict, side: str) -> float:
@@ -248,24 +263,27 @@ def tabulate(report: dict) -> str:
             rows.append(f"| {' | '.join(cells)} |")
     rows += [
         "",
-        "| environment | N | steps/s | µs per step, and of what | simulator alone |",
-        "|---|---|---|---|---|",
+        "| environment | N | simulator alone, µs per step | in training |",
+        "|---" * 4 + "|",
     ]
-    for name, numbers in report.get("sweep", {}).items():
-        for num_envs, row in numbers.items():
-            parts = [f"{part} {row[part]:.0f}" for part in row.keys() - {"steps_per_second"}]
-            total = ", ".join([f"{1e6 / row['steps_per_second']:.0f}", *sorted(parts)])
-            alone = report["simulators_alone"][name][num_envs]
-            rate = row["steps_per_second"]
-            rows.append(f"| {name} | {num_envs} | {rate} | {total} | {alone:.0f} |")
+    for name, numbers in report.get("simulators_alone", {}).items():
+        for num_envs, alone in numbers.items():
+            row = report.get("sweep", {}).get(name, {}).get(num_envs)
+            total = f"{1e6 / row['steps_per_second']:.0f}" if row else "–"
+            rows.append(f"| {name} | {num_envs} | {alone:.0f} | {total} |")
     rows += [
         "",
-        "| first iteration, s after the command | compiler's cache empty | warm |",
-        "|---|---|---|",
+        "| seconds after the command | compiler's cache | first iteration | solved | end |",
+        "|---|---|---|---|---|",
     ]
-    for name, seconds in report.get("first_iteration", {}).items():
-        rows.append(f"| {name} | {seconds['empty']} | {seconds['warm']} |")
+    for name, states in report.get("starts", {}).items():
+        for state, row in states.items():
+            cells = [statistics.median(x) if None not in x else "–" for x in row.values()]
+            rows.append(f"| {name} | {state} | {' | '.join(map(str, cells))} |")
     return "\n".join(rows) + "\n"
+
+
+COLORS = {"ours": "#0072B2", "KL penalty": "#009E73", "CleanRL": "#E69F00"}  # as in plot.py
 
 
 def plot(report: dict) -> None:
@@ -275,7 +293,7 @@ def plot(report: dict) -> None:
     figure, axes = plt.subplots(1, len(contests), figsize=(8.4, 0.9 + 0.3 * most), squeeze=False)
     for axis, (contest, sides) in zip(axes[0], contests.items(), strict=True):
         rates = [side["steps_per_second"] for side in sides.values()]
-        colors = ["#999999" if side in BASELINES else "#0072B2" for side in sides]
+        colors = [COLORS.get(side, "#999999" if side in BASELINES else "#56B4E9") for side in sides]
         medians = [statistics.median(rate) for rate in rates]
         axis.barh(range(len(sides)), medians, color=colors)
         for row, (side, rate) in enumerate(zip(sides, rates, strict=True)):
@@ -293,6 +311,13 @@ def plot(report: dict) -> None:
     figure.tight_layout()
     figure.savefig(RESULTS / "speed.png", dpi=100)
     plt.close(figure)
+
+
+def publish(report: dict) -> list[str]:
+    """Makes figure and table, and returns the short table for docs/."""
+    plot(report)
+    (RESULTS / "table.md").write_text(tabulate(report))
+    return summarize(report)
 
 
 def main(rounds: int, checkouts: dict[str, str], interpreters: dict[str, str]) -> None:
@@ -341,13 +366,11 @@ def main(rounds: int, checkouts: dict[str, str], interpreters: dict[str, str]) -
     if "simulators_alone" not in report:
         report["simulators_alone"] = simulators_alone(seconds=2.0)
         path.write_text(json.dumps(report, indent=1) + "\n")
-    if "first_iteration" not in report:
-        report["first_iteration"] = first_iterations(rounds, words, environment)
+    if "starts" not in report:
+        report["starts"] = starts(rounds, words, environment)
         path.write_text(json.dumps(report, indent=1) + "\n")
     if "sweep" not in report:
         report["sweep"] = sweep(words, environment)
         path.write_text(json.dumps(report, indent=1) + "\n")
-    report = json.loads(path.read_text())  # whose keys are all strings
-    plot(report)
-    (RESULTS / "table.md").write_text(tabulate(report))
-    print(tabulate(report))
+    publish(json.loads(path.read_text()))  # whose keys are all strings
+    print((RESULTS / "table.md").read_text())

@@ -1,5 +1,6 @@
 """Studies: run, left out when done, summarised, drawn; and what is read of real runs."""
 
+import importlib
 import itertools
 import json
 import os
@@ -9,9 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import envs
+import numpy as np
 import pytest
+import torch
+import tyro
 from fakes import tiny
 from PIL import Image
+from scipy import stats
 
 import ppo_continuous
 import ppo_kl_penalty
@@ -20,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmark"))
 
 import animate  # noqa: E402
+import details  # noqa: E402
 import healthy  # noqa: E402
 import plot  # noqa: E402
 import run as runner  # noqa: E402
@@ -47,6 +54,8 @@ def project(tmp_path, monkeypatch):
     results, docs = tmp_path / "benchmark" / "results", tmp_path / "docs"
     docs.mkdir()
     (docs / "results.md").write_text(DOCS)
+    results.mkdir(parents=True)
+    (results.parent / "README.md").write_text("<!-- provenance -->\n<!-- end -->\n")
     (tmp_path / "ppo_fake.py").write_text(SCRIPT)
     for module, names in ((runner, {"ROOT": tmp_path}), (plot, {"DOCS": docs})):
         for name, value in (names | {"RESULTS": results}).items():
@@ -89,24 +98,91 @@ def test_a_study_from_its_runs_to_its_picture(project, monkeypatch):
 def test_flags_of_all_studies_are_known():
     for (script, _, _, flags, *_), *_ in runner.STUDIES.values():
         if script != runner.CLEANRL_SCRIPT:
-            known = sys.modules.get(Path(script).stem) or __import__(Path(script).stem)
+            known = {"details": "ppo_continuous"}.get(Path(script).stem, Path(script).stem)
+            names = {"detail", *importlib.import_module(known).Args.__dataclass_fields__}
             for flag in re.findall(r"--(?:no-)?([\w-]+)", flags):
-                assert flag.replace("-", "_") in known.Args.__dataclass_fields__, (script, flag)
+                assert flag.replace("-", "_") in names, (script, flag)
 
 
 def test_tables_are_those_of_the_results(tmp_path):
-    for study in ("paper", "cleanrl"):
+    for study in ("paper", "cleanrl", "details"):
         shutil.copytree(plot.RESULTS / study, tmp_path / study)
     measured = json.loads((plot.RESULTS / "speed" / "speed.json").read_text())
     tables = {"results": plot.results(), "speed": speed.summarize(measured)}
     tables["objectives"] = plot.paper(tmp_path / "paper")
-    tables["cleanrl"] = plot.cleanrl(tmp_path / "cleanrl")
+    tables["cleanrl"] = plot.cleanrl(tmp_path / "cleanrl", speed.medians(measured))
+    tables["details"] = plot.details(tmp_path / "details")
+    tables |= {"pong": plot.pong(plot.RESULTS / "pong"), "provenance": plot.provenance()}
     for name, table in tables.items():
-        (text,) = (x for x in map(Path.read_text, plot.DOCS.glob("*.md")) if f"<!-- {name}" in x)
+        paths = [*plot.DOCS.glob("*.md"), ROOT / "benchmark" / "README.md"]
+        (text,) = (x for x in map(Path.read_text, paths) if f"<!-- {name}" in x)
         assert plot.fill(text, name, table) == text != plot.fill(text, name, ["| another |"])
-    for study in ("paper", "cleanrl"):
+    for study in ("paper", "cleanrl", "details"):
         made, kept = (folder / study / "table.md" for folder in (tmp_path, plot.RESULTS))
         assert made.read_text() == kept.read_text()
+
+
+@pytest.mark.parametrize("draw", ["normal", "two peaks"])
+def test_95_percent_intervals_contain_the_truth_that_often(draw):
+    """Welch's, of a difference and of a mean over tasks; also of tasks like HalfCheetah."""
+    rng, hits, n = np.random.default_rng(1), [], 4000
+    for _ in range(n):
+        a, b = rng.normal(3.0, 1.0, 10), rng.normal(2.0, 3.0, 5)
+        if draw == "two peaks":  # 0 or 1, and some noise
+            a, b = ((rng.random(m) < 0.5) + x / 10 for m, x in ((10, a), (5, b)))
+        _, low, high = plot.interval([a, b], [1.0, -1.0])
+        truth = 1.0 if draw == "normal" else 0.1
+        _, low_mean, high_mean = plot.interval([a, b], [0.5, 0.5])
+        middle = 2.5 if draw == "normal" else 0.75
+        hits.append((low < truth < high, low_mean < middle < high_mean))
+    assert np.abs(np.mean(hits, axis=0) - 0.95).max() < (0.01 if draw == "normal" else 0.02)
+    ours, scipys = plot.interval([a, b], [1.0, -1.0]), stats.ttest_ind(a, b, equal_var=False)
+    np.testing.assert_allclose(ours[1:], scipys.confidence_interval())
+
+
+SEEN = {}  # detail: weights after a short training
+
+
+@pytest.mark.parametrize("name", ["", *details.DETAILS])
+def test_a_detail_switched_off_changes_what_is_learned(here, monkeypatch, name):
+    """Each in a copy of the script, whose changes end with the test."""
+    copy = importlib.util.spec_from_file_location("copy_of_script", ppo_continuous.__file__)
+    script = importlib.util.module_from_spec(copy)
+    monkeypatch.setitem(sys.modules, copy.name, script)
+    copy.loader.exec_module(script)
+    monkeypatch.setattr(details, "ppo", script)
+    for module, attribute in ((script.gym.vector, "SyncVectorEnv"), (script.nn, "Tanh")):
+        monkeypatch.setattr(module, attribute, getattr(module, attribute))
+    detail = details.DETAILS.get(name, details.Detail(0, ""))
+    detail.change()
+    flags = f"--env-id {envs.register(envs.Walk, envs.LIMIT)} --num-envs 2 --num-steps 16"
+    flags += " --num-minibatches 4 --update-epochs 2 --total-timesteps 96 --learning-rate 0.02"
+    flags += f" --no-compile --run-name run {detail.flags.replace('2048', '32')}"
+    script.train(tyro.cli(script.Args, args=flags.split()))
+    weights = torch.load("runs/run/checkpoints/last.pt")["agent"].items()
+    SEEN[name] = torch.cat([x.flatten() for key, x in weights if "normalize" not in key]).tolist()
+    assert [x for x in SEEN if SEEN[x] == SEEN[name]] == [name]
+
+
+def test_details_of_atari_are_switched_off(monkeypatch):
+    monkeypatch.setattr(details.ppo_atari, "AtariVectorEnv", details.ppo_atari.AtariVectorEnv)
+    monkeypatch.setattr(details.ppo_atari.Envs, "step", details.ppo_atari.Envs.step)
+    played = {}
+    for name in ("", "no-life-loss", "no-maximum-over-frames", "rewards-as-they-are"):
+        details.ATARI_DETAILS.get(name, details.Detail(0, "")).change()
+        args = details.ppo_atari.Args("BeamRiderNoFrameskip-v4", num_envs=4)
+        games = details.ppo_atari.Envs(args, [1, 0])
+        games.reset()
+        rng = np.random.default_rng(1)
+        steps = [games.step(rng.integers(9, size=4)) for _ in range(500)]
+        played[name] = steps, sum(games.returns) + sum(x for _, x, _ in games.finished)
+        games.close()
+    ends = {name: sum(x.dones.sum() for x in steps) for name, (steps, _) in played.items()}
+    assert ends["no-life-loss"] < ends[""]
+    both = zip(played[""][0], played["no-maximum-over-frames"][0])
+    assert any((x.obs != y.obs).any() for x, y in both)
+    rewards = {name: sum(x.rewards.sum() for x in steps) for name, (steps, _) in played.items()}
+    assert rewards["rewards-as-they-are"] == played["rewards-as-they-are"][1] > rewards[""]
 
 
 def test_speeds_of_two_machines_are_not_mixed(tmp_path, monkeypatch):
@@ -115,15 +191,16 @@ def test_speeds_of_two_machines_are_not_mixed(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "CONTESTS", {"Pong": {"CleanRL": "", "ours": ""}})
     monkeypatch.setattr(speed, "SWEEPS", {"Pong": ("", 1024)})
     monkeypatch.setattr(speed, "SWEEP", (8,))
+    monkeypatch.setattr(speed, "STARTS", {"Pong": ""})
     monkeypatch.setattr(speed, "simulators_alone", lambda seconds: {"Pong": {"8": 157.3}})
     rates = itertools.count(100.0, 50.0)
-    monkeypatch.setattr(speed, "run", lambda *_: speed.Measurement(next(rates), 1.0, 7.0))
+    monkeypatch.setattr(speed, "run", lambda *_: speed.Measurement(next(rates), 1, 7, None, 9))
     speed.main(1, {}, {"baseline": "python"})
     monkeypatch.setattr(speed, "run", lambda *_: pytest.fail("measures what is there"))
     speed.main(1, {}, {})
     table = (tmp_path / "table.md").read_text()
-    assert "| Pong | ours | 150 (150) | 1.50 | 1 |" in table and "| Pong | 7.0 | 7.0 |" in table
-    assert "| Pong | 8 | 300 | 3333 | 157 |" in table
+    rows = ("ours | 150 (150) | 1.50 | 1 |", "warm | 7 | – | 9 |", "8 | 157 | 3333 |")
+    assert all(f"| Pong | {row}" in table for row in rows)
     report = json.loads((tmp_path / "speed.json").read_text())
     (tmp_path / "speed.json").write_text(json.dumps(report | {"machine": "other"}))
     with pytest.raises(SystemExit, match=r"is of another machine \(other\)"):
@@ -139,7 +216,7 @@ def test_what_is_read_of_a_real_run(here, monkeypatch):
     episodes = runner.episodes_in_csv(run)
     assert episodes and abs(episodes[-1][1] - time.time()) < 60.0
     one = speed.measure(f"{sys.executable} -c 0", here, os.environ)  # as if it had written that
-    assert one.steps_per_second > 1.0 and one.first_iteration < 0.0
+    assert one.steps_per_second > 1.0 and one.first < 0.0 < one.end and one.solved is None
     commands, before = [], {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
     def call(command, check):
