@@ -90,6 +90,7 @@ STUDIES = (
             ("ppo_continuous.py", "Pendulum-v1", 5, PENDULUM_RECIPE),
             ("ppo_kl_penalty.py", "LunarLander-v3", 5, "--total-timesteps 1000000 --gamma 0.995"),
             ("ppo_kl_penalty.py", "CartPole-v1", 5, "--total-timesteps 200000"),
+            ("ppo_continuous.py", "CartPole-v1", 5, speed.CARTPOLE),
         ],
         "eager": [  # beside the same runs of `mujoco`
             ("ppo_continuous.py", f"{task}-v5", SEEDS.get(task, 5), "--no-compile")

@@ -82,8 +82,10 @@ SHORT = dict.fromkeys(  # as the report calls them
 )
 SHORT |= {"root": ".", "cleanrl": "cleanrl", "leanrl": "leanrl"}
 BURN_IN = 3  # iterations
-CARTPOLE = "{python} {root}/ppo_continuous.py --env-id CartPole-v1 --total-timesteps 200000"
-STARTS = {"CartPole": CARTPOLE, "HalfCheetah": OURS.replace("30720", "8192") + " HalfCheetah-v4"}
+CARTPOLE = "--total-timesteps 100000 --num-steps 32 --num-minibatches 1 --update-epochs 5"
+CARTPOLE += " --learning-rate 2e-3 --no-compile"
+STARTS = {"CartPole": "{python} {root}/ppo_continuous.py --env-id CartPole-v1 " + CARTPOLE}
+STARTS |= {"HalfCheetah": OURS.replace("30720", "8192") + " HalfCheetah-v4"}
 SOLVED = 475.0  # mean return of 100 episodes, of CartPole-v1
 
 # name: (command, transitions per batch) for each number of environments of SWEEP
