@@ -236,24 +236,23 @@ def cleanrl(folder: Path, rates: dict[str, dict[str, float]]) -> list[str]:
 
     `rates` has the steps per second of both sides on each task, where they were measured.
     """
-    ours, theirs = load(RESULTS / "mujoco-v4"), load(folder)
-    rows = ["| task | ours (seeds) | CleanRL (seeds) | difference | 95 % |", "|---" * 5 + "|"]
-    pairs = {  # task: runs of both sides
-        env_id.removesuffix("-v4"): (ours[env_id, "ppo_continuous.py"], group)
-        for (env_id, _), group in theirs.items()
-        if (env_id, "ppo_continuous.py") in ours
+    ours = load(RESULTS / "mujoco") | {
+        key: group for key, group in load(RESULTS / "mujoco-v4").items() if len(group) > 2
     }
-    for task, sides in pairs.items():
-        finals = [finals_of(side) for side in sides]
+    rows = ["| task | ours (seeds) | CleanRL, v4 (seeds) | difference | 95 % |", "|---" * 5 + "|"]
+    pairs = {}  # task: runs of both sides, ours of v5 where there are too few of v4
+    for (env_id, _), group in load(folder).items():
+        task = env_id.removesuffix("-v4")
+        mine = ours.get((env_id, "ppo_continuous.py")) or ours[f"{task}-v5", "ppo_continuous.py"]
+        pairs[task] = mine, group
+        finals = [finals_of(mine), finals_of(group)]
         cells = [f"{x.mean():.0f} ± {x.std(ddof=1):.0f} ({len(x)})" for x in finals]
         mean, low, high = interval(finals, [1.0, -1.0])
-        rows.append(f"| {task}-v4 | {' | '.join(cells)} | {mean:.0f} | {low:.0f} to {high:.0f} |")
+        cells = [f"{mine[0]['args']['env_id'][-2:]}: {cells[0]}", cells[1], f"{mean:.0f}"]
+        rows.append(f"| {task} | {' | '.join(cells)} | {low:.0f} to {high:.0f} |")
     timed = {task: sides for task, sides in pairs.items() if task in rates}
-    minutes = {
-        (task, side): 1 / (60.0 * rate) for task, of in rates.items() for side, rate in of.items()
-    }
     side_by_side(pairs, {}, folder / "learning.png")
-    side_by_side(timed, minutes, folder / "minutes.png")
+    side_by_side(timed, rates, folder / "minutes.png")
     (folder / "table.md").write_text("\n".join(rows) + "\n")
     return rows
 
@@ -268,7 +267,7 @@ def side_by_side(pairs: dict, rates: dict[str, dict[str, float]], path: Path) ->
             draw(axis, group, color, side, 1.0 / (60.0 * rates[task][side]) if rates else 1.0)
         for value, (name, color) in zip(PUBLISHED[f"{task}-v5"], PUBLISHERS, strict=True):
             axis.axhline(value, color=color, linestyle="--", linewidth=1.2, label=name)
-        axis.set_title(task)
+        axis.set_title(f"{task}, {sides[0][0]['args']['env_id'][-2:]}")
         axis.set_xlabel("minutes" if rates else "steps")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     handles, labels = axes[0].get_legend_handles_labels()
