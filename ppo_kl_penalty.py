@@ -421,7 +421,7 @@ def train(args):
                 run.state["kl_coef"] = adapted if args.kl_mode == "adaptive" else beta
                 run.end_iteration(metrics | {"charts/learning_rate": lr})
             run.save()
-    say(f"tensorboard --logdir {run.folder}; python {sys.argv[0]} --evaluate {run.folder}")
+    say(f"return {run.mean_return:.2f}; tensorboard --logdir {run.folder}; --evaluate {run.folder}")
     if run.signals:
         raise KeyboardInterrupt(*run.signals)  # main() makes it the exit status
     return run.mean_return
@@ -482,12 +482,12 @@ def load_checkpoint(path):  # as plain data: no file can make torch.load run cod
 
 
 def restore(own, saved):  # into `own`: tensors in place, plain values; refuses what does not fit
-    with refusing("the checkpoint does not fit", Exception):
-        for name, value in own.items():
+    for name, value in own.items():
+        with refusing(f"{name} of the checkpoint does not fit", Exception):
             if isinstance(value, dict):
                 restore(value, saved[name])
             elif isinstance(value, Tensor):
-                require(saved[name].shape == value.shape, f"the shape of {name}")
+                require(saved[name].shape == value.shape, "another shape")
                 value.copy_(saved[name])
             else:
                 own[name] = type(value)(saved[name])
@@ -688,7 +688,7 @@ def refusing(what, *errors):
     try:
         yield
     except errors as error:
-        raise Refusal(f"{what}: {error!r}") from None
+        raise Refusal(f"{what}: {str(error) or repr(error)}") from None
 
 
 def say(line, file=None):

@@ -83,8 +83,11 @@ def test_speed_and_status(script, here, command, monkeypatch):
     assert [line.partition(":")[0] for line in lines] == ["step 64", "step 112"]
     shown = [score for step, _, score, _ in rows(here / "runs" / "run") if step <= 112]
     assert f"mean return {sum(shown) / len(shown):.2f}, 8 steps/s" in lines[-1]
-    assert "tensorboard --logdir runs/run" in end
-    argv = end.rpartition(f"{script.__name__}.py ")[2].split()
+    shown = [score for _, _, score, _ in rows(here / "runs" / "run")][-100:]
+    score, board, play = end.split("; ")
+    assert score == f"return {sum(shown) / len(shown):.2f}"
+    assert board == "tensorboard --logdir runs/run"
+    argv = play.split()
     assert command(script, *argv, "--eval-episodes", 1).status == 0
 
 
