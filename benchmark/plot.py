@@ -430,7 +430,7 @@ def provenance() -> list[str]:
         run = json.loads(path.read_text())
         commit = run.get("git") or run.get("git_commit") or "not recorded"
         study = path.relative_to(RESULTS).parts[0]
-        threads = run["machine"].rpartition(", ")[2].removesuffix("s")
+        threads = run["machine"].rpartition(", ")[2].replace("1 threads", "1 thread")
         counts[study, commit[:7], run.get("processor") or "not recorded", threads] += 1
     rows = ["| study | runs | commit | processor, two cores | of each run |", "|---" * 5 + "|"]
     for (study, commit, processor, threads), number in counts.items():
@@ -449,6 +449,7 @@ def main() -> None:
         "speed": ("speed", lambda folder: speed.publish(report)),
     }
     tables = {"results": results(), "provenance": provenance()}
+    tables["starts"] = speed.summarize_starts(report)
     for study, (table, make) in makers.items():
         if (RESULTS / study).exists():
             tables[table] = make(RESULTS / study)

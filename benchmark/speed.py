@@ -245,6 +245,16 @@ def summarize(report: dict) -> list[str]:
     return rows
 
 
+def summarize_starts(report: dict) -> list[str]:
+    """The table of docs/: median seconds after the command."""
+    rows = ["| | compiler's cache | first iteration | solved | end |", "|---" * 5 + "|"]
+    for name, states in report.get("starts", {}).items():
+        for state, row in states.items():
+            cells = [statistics.median(x) if None not in x else "–" for x in row.values()]
+            rows.append(f"| {name} | {state} | {' | '.join(map(str, cells))} |")
+    return rows
+
+
 def tabulate(report: dict) -> str:
     rows = [report["machine"], ""]
     rows.append(
@@ -273,15 +283,7 @@ def tabulate(report: dict) -> str:
             row = report.get("sweep", {}).get(name, {}).get(num_envs)
             total = f"{1e6 / row['steps_per_second']:.0f}" if row else "–"
             rows.append(f"| {name} | {num_envs} | {alone:.0f} | {total} |")
-    rows += [
-        "",
-        "| seconds after the command | compiler's cache | first iteration | solved | end |",
-        "|---|---|---|---|---|",
-    ]
-    for name, states in report.get("starts", {}).items():
-        for state, row in states.items():
-            cells = [statistics.median(x) if None not in x else "–" for x in row.values()]
-            rows.append(f"| {name} | {state} | {' | '.join(map(str, cells))} |")
+    rows += ["", *summarize_starts(report)]
     return "\n".join(rows) + "\n"
 
 

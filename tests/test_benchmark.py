@@ -112,6 +112,7 @@ def test_tables_are_those_of_the_results(tmp_path):
     tables["objectives"] = plot.paper(tmp_path / "paper")
     tables["cleanrl"] = plot.cleanrl(tmp_path / "cleanrl", speed.medians(measured))
     tables["details"] = plot.details(tmp_path / "details")
+    tables["starts"] = speed.summarize_starts(measured)
     tables |= {"pong": plot.pong(plot.RESULTS / "pong"), "provenance": plot.provenance()}
     for name, table in tables.items():
         paths = [*plot.DOCS.glob("*.md"), ROOT / "benchmark" / "README.md"]
