@@ -95,14 +95,14 @@ def beside(runs: dict, label: str, other: str, other_label: str) -> dict:
 
 
 def draw(axis: plt.Axes, group: list[dict], color: str, label: str, scale: float = 1.0) -> None:
-    """Each seed faintly, their mean, and its 95 % band by Student's t; x is scale · step."""
+    """Each seed faintly, their mean, and its 95 % band (of t) from five on; x is scale · step."""
     curves = [np.array(run["curve"], dtype=float) for run in group]
     steps = np.linspace(max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves), 200)
     values = np.array([np.interp(steps, *curve.T) for curve in curves])
     for curve in curves:
         axis.plot(scale * curve[:, 0], curve[:, 1], color=color, alpha=0.25, linewidth=0.6)
     mean = values.mean(0)
-    if len(curves) > 2:
+    if len(curves) >= 5:
         half = stats.t.ppf(0.975, len(curves) - 1) * stats.sem(values)
         axis.fill_between(scale * steps, mean - half, mean + half, color=color, alpha=0.15, lw=0)
     label += f" ({len(curves)} seed{'s' if len(curves) > 1 else ''})"
@@ -133,12 +133,12 @@ def plot(study: Path, runs: dict[tuple[str, str], list[dict]]) -> None:
     env_ids = sorted({env_id for env_id, _ in runs})
     figure, axes = panels(len(env_ids))
     for axis, env_id in zip(axes, env_ids, strict=True):
-        colors = [OURS, CHANGED, KL, "#CC79A7", "#D55E00", BLACK, "#F0E442"]
+        colors = [OURS, CHANGED, "#CC79A7", "#D55E00", BLACK, "#F0E442"]
         for script in (script for env, script in runs if env == env_id):
             color = KL if script == "ppo_kl_penalty.py" else colors.pop(0)
             draw(axis, runs[env_id, script], color, script.replace("ppo_continuous.py", "clipped"))
         for published, (name, color) in zip(PUBLISHED.get(env_id, ()), PUBLISHERS, strict=False):
-            if published:
+            if published and study.name in {row[0] for row in DOCS_ROWS}:  # not of shorter runs
                 axis.axhline(published, color=color, linestyle="--", linewidth=1.2, label=name)
         axis.set_title(env_id)
         axis.set_xlabel("steps")
@@ -394,6 +394,7 @@ def details(folder: Path) -> list[str]:
             weights = [sign / len(tasks) for _, sign in sides]
             effects[detail] = (*interval(samples, weights), tasks)
     rows = ["| # | without it | worth | 95 % | verdict | tasks |", "|---" * 6 + "|"]
+    rows = rows if effects else ["No detail has three runs of a task yet."]
     order = sorted(effects, key=lambda detail: -effects[detail][0])
     for detail in order:
         worth, low, high, tasks = effects[detail]
