@@ -54,7 +54,7 @@ from torch.distributions import Categorical, Distribution
 from torch.utils.tensorboard import SummaryWriter
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; each has a part of the environments
-RANK = int(os.environ.get("RANK", 0))  # number of this process, from 0 on
+RANK = int(os.environ.get("RANK", 0))  # of this process, from 0 on; it has a part of N, B and M
 FORMAT = "ppo_atari, format 4"  # of checkpoints
 
 
@@ -233,7 +233,7 @@ class Rollout(NamedTuple):
     obs: Tensor  # (T, N, *obs)
     actions: Tensor  # (T, N, *act)
     logprobs: Tensor  # (T, N) log π_old(a_t | s_t)
-    rewards: Tensor  # (T, N)
+    rewards: Tensor  # (T, N) as learned from: scaled, or signs
     values: Tensor  # (T, N) V(s_t)
     next_values: Tensor  # (T, N) V(s_{t+1}); where a time limit cut, of the last observation
     terminations: Tensor  # (T, N) 1.0 where s_{t+1} is terminal: no value beyond
@@ -335,9 +335,9 @@ def update(agent, optimizer, rollout: Rollout, args, get_gradient=minibatch_grad
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in order.chunk(args.num_minibatches):
-            vector.grad, metrics = get_gradient(agent, batch, rows, args)  # no backward()
+            vector.grad, metrics = get_gradient(agent, batch, rows, args)  # as backward() leaves it
             optimizer.step()
-            history.append(torch.stack(list(metrics.values())))  # copied before the next call
+            history.append(torch.stack(list(metrics.values())))  # a copy: CUDA graphs reuse outputs
         if args.target_kl is not None and average(metrics["losses/approx_kl"]) > args.target_kl:
             break  # approx_kl of the last minibatch, as in CleanRL
     means = dict(zip(metrics, average(torch.stack(history).mean(0)).tolist()))
@@ -349,7 +349,7 @@ def update(agent, optimizer, rollout: Rollout, args, get_gradient=minibatch_grad
 # ---- TRAINING ------------------------------------------------------------------------------------
 def train(args):
     """[PPO] algorithm 1; returns the mean return of the last 100 episodes."""
-    device = prepare(args)
+    args, device = prepare(args)
     path = checkpoint_path(args)
     checkpoint = load_checkpoint(path) if args.resume and path.exists() else None
     envs = Envs(args, [args.seed, checkpoint["global_step"] if checkpoint else 0])
@@ -358,15 +358,15 @@ def train(args):
         agent = Agent(*spaces, args.shared_network, bf16(args, device)).to(device)
         optimizer = make_optimizer(agent, args)
         act = compiled(Agent.act, args, device)
-        gradient = compiled(minibatch_gradient, args, device)
-        with closing(Run(args, checkpoint, agent, optimizer, envs)) as run:  # and restores them
+        get_gradient = compiled(minibatch_gradient, args, device)
+        with closing(Run(args, checkpoint, agent, optimizer, envs)) as run:  # restores them
             obs = torch.from_numpy(envs.reset()).to(device)
             while run.goes_on():
                 progress = envs.global_step / (args.num_iterations * args.batch_size)
                 lr = args.learning_rate * (1.0 - progress * args.anneal_lr)
                 optimizer.param_groups[0]["lr"] = lr
                 rollout, obs = collect_rollout(agent, envs, obs, args, act)
-                metrics = update(agent, optimizer, rollout, args, gradient)
+                metrics = update(agent, optimizer, rollout, args, get_gradient)
                 run.end_iteration(metrics | {"charts/learning_rate": lr})
             run.save()
     say(f"return {run.mean_return:.2f}; tensorboard --logdir {run.folder}; --evaluate {run.folder}")
@@ -378,7 +378,7 @@ def train(args):
 # ==== PLUMBING: nothing below belongs to the algorithm ============================================
 # ---- evaluation and video ------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(agent, args, videos=None, name="episode"):  # the game's own returns
+def evaluate(agent, args, videos=None, name="episode"):  # -> the game's score of each episode
     options = {"render_mode": "rgb_array" if videos else "human"}
     env = make_env(args.env_id, **options if args.render or videos else {})
     agent = copy.deepcopy(agent).cpu().eval()
@@ -399,7 +399,7 @@ def evaluate(agent, args, videos=None, name="episode"):  # the game's own return
 
 def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside the checkpoint
     args.device = "cpu"
-    device = prepare(args)
+    args, device = prepare(args)
     path, env = checkpoint_path(args), make_env(args.env_id)
     checkpoint, spaces = load_checkpoint(path), (env.observation_space, env.action_space)
     agent = Agent(*spaces, args.shared_network, bf16(args, device))
@@ -457,7 +457,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         self.started, self.wandb, self.signals, self.handlers = None, None, [], {}
         self.path = checkpoint_path(args)
         self.folder = self.path.parents[1]
-        if RANK > 0:  # the same agent, but other actions and minibatches; it writes nothing
+        if RANK:  # the same agent, but other actions and minibatches; it writes nothing
             torch.manual_seed(args.seed + envs.global_step + RANK)
             return
         with refusing(f"{self.folder} (--resume goes on with a run)", OSError):
@@ -474,9 +474,9 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.start_wandb(args)
 
     def start_wandb(self, args):  # a run named as its folder; never a prompt
-        import wandb
-
         with refusing("--track", Exception):
+            import wandb
+
             mode = None if "WANDB_MODE" in os.environ or wandb.login(prompt=False) else "offline"
             if mode:
                 say("W&B: this run is kept offline; wandb login before the next one")
@@ -526,7 +526,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
 
     def save(self):  # last.pt, best.pt if the mean return is the best at any save, and a video
         self.saved_at, step, mean = time.monotonic(), self.envs.global_step, self.mean_return
-        if RANK > 0:
+        if RANK:
             return
         self.writer.flush()  # first: what a checkpoint knows of is there with it
         names = ["best.pt", "last.pt"] if mean > self.state["best"] else ["last.pt"]
@@ -625,8 +625,8 @@ def say(line, file=None):
             print(" ".join(line.split())[:300], flush=True, file=file)
 
 
-def prepare(args):  # refuses what cannot work, prepares torch, returns the device
-    replace(args)  # as its constructor, checks types and ranges: some may have been set since
+def prepare(args):  # refuses what cannot work, prepares torch; returns checked args, the device
+    args = replace(args)  # checked as by its constructor: values may have been set since
     problems = {
         "minibatches must be of equal size": args.batch_size % (args.num_minibatches * WORLD_SIZE),
         "total_timesteps is less than num_envs x num_steps": not args.num_iterations,
@@ -653,7 +653,7 @@ def prepare(args):  # refuses what cannot work, prepares torch, returns the devi
     torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
     torch.backends.cudnn.deterministic = args.torch_deterministic
     Distribution.set_default_validate_args(False)  # its checks cost as much as the distributions
-    return device
+    return args, device
 
 
 def bf16(args, device):  # auto: where matrix products are faster with it

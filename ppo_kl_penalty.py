@@ -52,7 +52,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; each has a part of the environments
-RANK = int(os.environ.get("RANK", 0))  # number of this process, from 0 on
+RANK = int(os.environ.get("RANK", 0))  # of this process, from 0 on; it has a part of N, B and M
 FORMAT = "ppo_kl_penalty, format 4"  # of checkpoints
 
 
@@ -78,8 +78,8 @@ class Args:
     num_minibatches: PositiveInt = 32  # minibatches per epoch; 4 to 64
     update_epochs: PositiveInt = 10  # passes over each batch; 3 to 10
     norm_adv: bool = True  # bring the advantages of a minibatch to mean 0 and deviation 1
-    kl_mode: Literal["adaptive", "fixed"] = "adaptive"  # let β reach kl_target, or keep it
-    kl_coef: NonNegativeFloat = 1.0  # β, weight of the penalty, at first; 0 and fixed: no penalty
+    kl_mode: Literal["adaptive", "fixed"] = "adaptive"  # adapt β to kl_target, or keep it
+    kl_coef: NonNegativeFloat = 1.0  # β, weight of the penalty, at first; 0 stays 0: no penalty
     kl_target: PositiveFloat = 0.01  # d_targ, how far an update should move; 0.003 to 0.03
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus; 0 to 0.01
     vf_coef: NonNegativeFloat = 0.5  # weight of the value loss; 0.5 to 1
@@ -141,7 +141,7 @@ def make_env(env_id, **options):  # to train and to play in; refusing, require: 
     require(fits and flatdim(obs) * flatdim(actions) > 0, f"{wanted}, not {obs}, {actions}")
     if multiprocessing.current_process().daemon:  # of --async-envs: Ctrl-C is for the main process
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return Vectors(gym.wrappers.PassiveEnvChecker(env))
+    return Vectors(gym.wrappers.PassiveEnvChecker(env))  # now, since it asserts that spaces fit
 
 
 def to_space(actions, space):  # (N, *act); clips for the environment, the learner keeps its own
@@ -193,7 +193,7 @@ class Envs:  # N environments stepped together; where one ends, it begins again 
                 raise Refusal(f"environment {i}, step {self.lengths[i]:.0f}: {name} is NaN or inf")
 
     def close(self):
-        self.envs.close(terminate=any(sys.exc_info()))  # after a failure, one may not answer
+        self.envs.close(terminate=sys.exception())  # after a failure, one may not answer
 
     def scale_rewards(self, rewards, dones, gamma):  # (T, N)
         """Divides rewards by the deviation of the discounted returns so far, within ±10 [37]."""
@@ -205,7 +205,7 @@ class Envs:  # N environments stepped together; where one ends, it begins again 
             count, total, squares = self.return_stats
             variance = max(squares / count - (total / count) ** 2, 0.0)
             scaled[t] = rewards[t] / (variance + 1e-8) ** 0.5
-        average(torch.from_numpy(self.return_stats))  # in place: they share memory
+        average(torch.from_numpy(self.return_stats))  # over processes, in place: they share memory
         return scaled.clip(-10.0, 10.0)
 
 
@@ -283,8 +283,8 @@ class Rollout(NamedTuple):
     obs: Tensor  # (T, N, *obs)
     actions: Tensor  # (T, N, *act)
     logprobs: Tensor  # (T, N) log π_old(a_t | s_t)
-    policy: Tensor  # (T, N, 2·act) logits of π_old, or its means and deviations
-    rewards: Tensor  # (T, N)
+    old: Tensor  # (T, N, act) logits of π_old, or (T, N, 2·act) its means and deviations
+    rewards: Tensor  # (T, N) as learned from: scaled, or signs
     values: Tensor  # (T, N) V(s_t)
     next_values: Tensor  # (T, N) V(s_{t+1}); where a time limit cut, of the last observation
     terminations: Tensor  # (T, N) 1.0 where s_{t+1} is terminal: no value beyond
@@ -307,18 +307,18 @@ def collect_rollout(agent, envs, obs, args):
         obs = torch.from_numpy(steps[t].obs).to(obs.device)
     stacked = Step(*map(np.stack, zip(*steps)))  # (T, N, …) each
     rewards = envs.scale_rewards(stacked.rewards, stacked.dones, args.gamma)
-    arrays = rewards, stacked.terminations, stacked.dones, stacked.final_obs  # now as `obs` is:
+    arrays = rewards, stacked.terminations, stacked.dones, stacked.final_obs  # and now like obs:
     rewards, terminations, dones, final_obs = (torch.from_numpy(x).to(obs) for x in arrays)
-    obs_t, actions = torch.stack(all_obs), torch.stack(all_actions)
+    all_obs, actions = torch.stack(all_obs), torch.stack(all_actions)
     if agent.fast_policy != agent.policy:  # NumPy has not disagreed so far
-        agent.fast_policy = fast_policy(agent, obs_t[::4])
-    policy, values = agent(obs_t)  # all steps at once: acting needs no values and no log π
+        agent.fast_policy = numpy_policy(agent, all_obs[::4])
+    policy, values = agent(all_obs)  # all steps at once: acting needs no values and no log π
     next_values = agent.value(final_obs)  # where a time limit cut, the task went on [TIME]
     outcome = rewards, values, next_values, terminations, dones  # as in Rollout and compute_gae
     advantages, returns = compute_gae(*outcome, args.gamma, args.gae_lambda)
     logprobs = policy.log_prob(actions)
     old = policy.logits if agent.discrete else torch.cat([policy.mean, policy.stddev], -1)
-    return Rollout(obs_t, actions, logprobs, old, *outcome, advantages, returns), obs
+    return Rollout(all_obs, actions, logprobs, old, *outcome, advantages, returns), obs
 
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
@@ -335,8 +335,8 @@ def exact_kl(old, policy):  # KL(π_old‖π_θ) (M,), from what `old` (M, K) π
     if isinstance(policy, Categorical):
         return (old.exp() * (old - policy.logits)).sum(-1)
     mean, std = old.chunk(2, -1)
-    ratio, shift = (std / policy.stddev).square(), (mean - policy.mean) / policy.stddev
-    return 0.5 * (ratio - 1.0 - ratio.log() + shift.square()).sum(-1)
+    var, shift = (std / policy.stddev).square(), (mean - policy.mean) / policy.stddev
+    return 0.5 * (var - 1.0 - var.log() + shift.square()).sum(-1)
 
 
 def kl_penalty_loss(logratio, advantages, kl, kl_coef):  # (M,)
@@ -345,7 +345,7 @@ def kl_penalty_loss(logratio, advantages, kl, kl_coef):  # (M,)
 
 
 def adapt_kl_coef(kl_coef, kl, kl_target):
-    """The next β, [PPO] section 4."""
+    """The next β, [PPO] section 4; it has no bounds, and 0 stays 0."""
     return kl_coef * (0.5 if kl < kl_target / 1.5 else 2.0 if kl > kl_target * 1.5 else 1.0)
 
 
@@ -356,7 +356,7 @@ def minibatch_loss(agent, mb: Rollout, kl_coef, args):
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     policy, values = agent(mb.obs)
     logratio = policy.log_prob(mb.actions) - mb.logprobs
-    pg_loss = kl_penalty_loss(logratio, advantages, exact_kl(mb.policy, policy), kl_coef)
+    pg_loss = kl_penalty_loss(logratio, advantages, exact_kl(mb.old, policy), kl_coef)
     v_loss = 0.5 * (values - mb.returns).square().mean()
     entropy = policy.entropy().mean()
     metrics = {
@@ -381,15 +381,15 @@ def update(agent, optimizer, rollout: Rollout, kl_coef, args, get_gradient=minib
     """Learns from one rollout in epochs of minibatches; returns the means of what is logged."""
     agent.train()
     batch = Rollout(*(x.flatten(0, 1) for x in rollout))  # (B, …)
-    beta = torch.tensor(kl_coef, device=batch.obs.device)
+    coef = torch.tensor(kl_coef, device=batch.obs.device)  # a float would be compiled in
     vector, history = optimizer.param_groups[0]["params"][0], []  # its views are the parameters
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in order.chunk(args.num_minibatches):
-            vector.grad, metrics = get_gradient(agent, batch, rows, beta, args)  # no backward()
+            vector.grad, metrics = get_gradient(agent, batch, rows, coef, args)  # no backward()
             optimizer.step()
-            history.append(torch.stack(list(metrics.values())))  # copied before the next call
-    kl = average(exact_kl(batch.policy, agent(batch.obs)[0]).mean().detach()).item()
+            history.append(torch.stack(list(metrics.values())))  # a copy: CUDA graphs reuse outputs
+    kl = average(exact_kl(batch.old, agent(batch.obs)[0]).mean().detach()).item()
     agent.normalize.update(batch.obs)  # not before: π_old and π_θ see the same inputs
     means = dict(zip(metrics, average(torch.stack(history).mean(0)).tolist()))
     unexplained = (batch.returns - batch.values).var() / (batch.returns.var() + 1e-8)
@@ -400,15 +400,15 @@ def update(agent, optimizer, rollout: Rollout, kl_coef, args, get_gradient=minib
 # ---- TRAINING ------------------------------------------------------------------------------------
 def train(args):
     """[PPO] algorithm 1; returns the mean return of the last 100 episodes."""
-    device = prepare(args)
+    args, device = prepare(args)
     path = checkpoint_path(args)
     checkpoint = load_checkpoint(path) if args.resume and path.exists() else None
     envs = Envs(args, [args.seed, checkpoint["global_step"] if checkpoint else 0])
     with closing(envs):
         agent = Agent(envs.observation_space, envs.action_space).to(device)
         optimizer = make_optimizer(agent, args)
-        gradient = compiled(minibatch_gradient, args, device)
-        with closing(Run(args, checkpoint, agent, optimizer, envs)) as run:  # and restores them
+        get_gradient = compiled(minibatch_gradient, args, device)
+        with closing(Run(args, checkpoint, agent, optimizer, envs)) as run:  # restores them
             obs = torch.from_numpy(envs.reset()).to(device)
             while run.goes_on():
                 progress = envs.global_step / (args.num_iterations * args.batch_size)
@@ -416,7 +416,7 @@ def train(args):
                 optimizer.param_groups[0]["lr"] = lr
                 rollout, obs = collect_rollout(agent, envs, obs, args)
                 beta = run.state["kl_coef"]
-                metrics = update(agent, optimizer, rollout, beta, args, gradient)
+                metrics = update(agent, optimizer, rollout, beta, args, get_gradient)
                 adapted = adapt_kl_coef(beta, metrics["losses/kl"], args.kl_target)
                 run.state["kl_coef"] = adapted if args.kl_mode == "adaptive" else beta
                 run.end_iteration(metrics | {"charts/learning_rate": lr})
@@ -430,7 +430,7 @@ def train(args):
 # ==== PLUMBING: nothing below belongs to the algorithm ============================================
 # ---- evaluation and video ------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(agent, args, videos=None, name="episode"):  # returns, unscaled
+def evaluate(agent, args, videos=None, name="episode"):  # -> the return of each episode
     if videos and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display, if told to
     options = {"render_mode": "rgb_array" if videos else "human"}
@@ -511,7 +511,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         self.started, self.wandb, self.signals, self.handlers = None, None, [], {}
         self.path = checkpoint_path(args)
         self.folder = self.path.parents[1]
-        if RANK > 0:  # the same agent, but other actions and minibatches; it writes nothing
+        if RANK:  # the same agent, but other actions and minibatches; it writes nothing
             torch.manual_seed(args.seed + envs.global_step + RANK)
             return
         with refusing(f"{self.folder} (--resume goes on with a run)", OSError):
@@ -528,9 +528,9 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.start_wandb(args)
 
     def start_wandb(self, args):  # a run named as its folder; never a prompt
-        import wandb
-
         with refusing("--track", Exception):
+            import wandb
+
             mode = None if "WANDB_MODE" in os.environ or wandb.login(prompt=False) else "offline"
             if mode:
                 say("W&B: this run is kept offline; wandb login before the next one")
@@ -580,7 +580,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
 
     def save(self):  # last.pt, best.pt if the mean return is the best at any save, and a video
         self.saved_at, step, mean = time.monotonic(), self.envs.global_step, self.mean_return
-        if RANK > 0:
+        if RANK:
             return
         self.writer.flush()  # first: what a checkpoint knows of is there with it
         names = ["best.pt", "last.pt"] if mean > self.state["best"] else ["last.pt"]
@@ -655,7 +655,7 @@ def compiled(function, args, device):  # as a CUDA graph on a GPU; uncompiled wh
     return call if args.compile else function
 
 
-def fast_policy(agent, obs):  # agent.policy in NumPy, which is called faster, if it agrees on `obs`
+def numpy_policy(agent, obs):  # agent.policy in NumPy, which is called faster; if they agree
     with suppress(Exception):  # of an Agent that was changed, or is on a GPU
         mean, var = agent.normalize.mean.numpy(), agent.normalize.var.numpy()
         parameters = [x.data.numpy() for x in agent.actor.parameters()]  # share memory
@@ -697,8 +697,8 @@ def say(line, file=None):
             print(" ".join(line.split())[:300], flush=True, file=file)
 
 
-def prepare(args):  # refuses what cannot work, prepares torch, returns the device
-    replace(args)  # as its constructor, checks types and ranges: some may have been set since
+def prepare(args):  # refuses what cannot work, prepares torch; returns checked args, the device
+    args = replace(args)  # checked as by its constructor: values may have been set since
     problems = {
         "minibatches must be of equal size": args.batch_size % (args.num_minibatches * WORLD_SIZE),
         "total_timesteps is less than num_envs x num_steps": not args.num_iterations,
@@ -722,7 +722,7 @@ def prepare(args):  # refuses what cannot work, prepares torch, returns the devi
     torch.set_num_threads(1)  # more only slow such small layers down
     torch.backends.cudnn.deterministic = args.torch_deterministic
     Distribution.set_default_validate_args(False)  # its checks cost as much as the distributions
-    return device
+    return args, device
 
 
 def main():

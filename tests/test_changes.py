@@ -78,7 +78,7 @@ def learn(monkeypatch, case, *changes, envs=None, **args):
             policy, _ = agent(batch.obs)  # that of the rollout
         close(policy.log_prob(batch.actions), batch.logprobs)
         if script is ppo_kl_penalty:
-            assert script.exact_kl(batch.policy, policy).max() < 1e-5
+            assert script.exact_kl(batch.old, policy).max() < 1e-5
         logged.append(original(agent, optimizer, rollout, *rest))
         return dict(logged[-1])
 

@@ -157,3 +157,16 @@ def test_an_environment_that_exits(script, command, monkeypatch):
             "environment" in command(script, *options(tiny(script, run_name=f"{status}"))).refusal
         )
         assert "environment" in command(script, "--evaluate", "good").refusal
+
+
+def test_values_set_after_construction_are_checked_and_converted(here):
+    """And the caller's object stays as it was, ready for another training."""
+    args = tiny(ppo_kl_penalty, 1, kl_mode="fixed")
+    args.gamma, args.kl_coef, args.run_name = np.float64(0.9), 1, None
+    for seed in (np.int64(1), np.int64(2)):
+        args.seed = seed
+        ppo_kl_penalty.train(args)
+    assert args.run_name is None and len([*here.glob("runs/*")]) == 2
+    for path in here.glob("runs/*/checkpoints/last.pt"):
+        saved = ppo_kl_penalty.load_checkpoint(path)
+        assert saved["args"].gamma == 0.9 and type(saved["kl_coef"]) is float

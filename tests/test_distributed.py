@@ -110,7 +110,7 @@ def make_rollout(script):
     numbers["logprobs"] = policy.log_prob(actions) + 0.2 * torch.randn(64) - 0.3 * second
     if script is KL:
         means = policy.mean + 0.2 * second[:, None]
-        numbers["policy"] = torch.cat([means, 0.8 * policy.stddev], -1)
+        numbers["old"] = torch.cat([means, 0.8 * policy.stddev], -1)
     return script.Rollout(**{name: x.unflatten(0, (16, 4)) for name, x in numbers.items()})
 
 
@@ -311,7 +311,7 @@ def test_how_processes_meet(script, monkeypatch):
     with monkeypatch.context() as patch:
         fake = lambda *_, device: SimpleNamespace(device=torch.device(device))  # noqa: E731
         patch.setattr(torch, "empty", fake)
-        assert str(script.prepare(tiny(script, device="cuda"))) == "cuda:1"
+        assert str(script.prepare(tiny(script, device="cuda"))[1]) == "cuda:1"
     started["store"].set("address", "here")
     assert store.check(["3/address"])
 

@@ -297,7 +297,7 @@ def reference_loss(case, agent, mb, args, kl_coef):
     ratio, a = (logprobs - mb.logprobs).exp(), (a - a.mean()) / a.std() if args.norm_adv else a
     errors, logged = (values - mb.returns) ** 2, {}
     if case.script is ppo_kl_penalty:
-        objective = ratio * a - kl_coef * kl_divergence(as_policy(mb.policy), policy)
+        objective = ratio * a - kl_coef * kl_divergence(as_policy(mb.old), policy)
     else:
         low, high = 1.0 - args.clip_coef, 1.0 + args.clip_coef
         objective = torch.where(a > 0, ratio.clamp(max=high), ratio.clamp(min=low)) * a
@@ -323,7 +323,7 @@ def test_minibatch_loss_is_that_of_the_paper(case, norm_adv, clip_vloss):
     moved = {x: getattr(rollout, x) + torch.rand(8, 4) - 0.5 for x in ("logprobs", "values")}
     beta = []
     if case.script is ppo_kl_penalty:  # old policies of other states
-        moved["policy"], beta = rollout.policy.roll(1, 0), [torch.tensor(0.6)]
+        moved["old"], beta = rollout.old.roll(1, 0), [torch.tensor(0.6)]
     mb = type(rollout)(*(x.flatten(0, 1) for x in rollout._replace(**moved)))
     found, metrics = case.script.minibatch_loss(agent, mb, *beta, args)
     expected, logged = reference_loss(case, agent, mb, args, 0.6)
@@ -348,7 +348,7 @@ def reference_update(case, agent, adam, rollout, args, kl_coef, norms):
     means = {name: np.mean([row[name] for row in history]) for name in history[0]}
     unexplained = (batch.returns - batch.values).var() / batch.returns.var()
     if case.script is ppo_kl_penalty:
-        kl = kl_divergence(as_policy(batch.policy), agent(batch.obs)[0]).mean()
+        kl = kl_divergence(as_policy(batch.old), agent(batch.obs)[0]).mean()
         means |= {"losses/kl": kl.item(), "charts/kl_coef": kl_coef}
     return means | {"losses/explained_variance": 1.0 - unexplained.item()}
 
