@@ -55,6 +55,10 @@ DOCS_ROWS = (
     ("rewritten", "Hopper-v5", "ppo_continuous.py", "defaults, rewritten", "", ""),
     ("rewritten", "LunarLander-v3", "ppo_continuous.py", "`--gamma 0.995`, rewritten", "", ""),
     ("rewritten", "CartPole-v1", "ppo_continuous.py", "defaults, rewritten", "", ""),
+    *(
+        ("mujoco-v4", f"{task}-v4", "ppo_continuous.py", "defaults, rewritten", "", "")
+        for task in ("HalfCheetah", "Hopper", "Walker2d")
+    ),
     ("pong/bf16", "PongNoFrameskip-v4", "ppo_atari.py", "recipe", "", ""),
     ("atari", "PongNoFrameskip-v4", "ppo_atari.py", "defaults", "20.36 ± 0.20", "20.5"),
     ("atari", "BreakoutNoFrameskip-v4", "ppo_atari.py", "defaults", "415 ± 28", "407"),
@@ -237,7 +241,7 @@ def cleanrl(folder: Path, rates: dict[str, dict[str, float]]) -> list[str]:
     `rates` has the steps per second of both sides on each task, where they were measured.
     """
     ours = load(RESULTS / "mujoco") | {
-        key: group for key, group in load(RESULTS / "mujoco-v4").items() if len(group) > 2
+        key: group for key, group in load(RESULTS / "mujoco-v4").items() if len(group) >= 5
     }
     rows = ["| task | ours (seeds) | CleanRL, v4 (seeds) | difference | 95 % |", "|---" * 5 + "|"]
     pairs = {}  # task: runs of both sides, ours of v5 where there are too few of v4

@@ -160,7 +160,7 @@ def test_code_runs_as_printed(tmp_path, monkeypatch):
 
 def scores(env_id, script):
     """Of each study of it, as tables print them: every seed, mean ± sd, number of seeds."""
-    for study in ("mujoco", "classic", "atari", "pong/bf16", "interrupted", "rewritten"):
+    for study in "mujoco classic atari pong/bf16 interrupted rewritten mujoco-v4".split():
         paths = (RESULTS / study).glob(f"{env_id}__{script}__*.json")
         paths = sorted(paths, key=lambda path: (len(path.name), path))  # seed 10 after 9
         if paths:
