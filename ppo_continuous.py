@@ -385,7 +385,7 @@ def update(agent, optimizer, rollout: Rollout, args, get_gradient=minibatch_grad
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in order.chunk(args.num_minibatches):
-            vector.grad, metrics = get_gradient(agent, batch, rows, args)  # as backward() leaves it
+            vector.grad, metrics = get_gradient(agent, batch, rows, args)  # no backward()
             optimizer.step()
             history.append(torch.stack(list(metrics.values())))  # a copy: CUDA graphs reuse outputs
         if args.target_kl is not None and average(metrics["losses/approx_kl"]) > args.target_kl:

@@ -335,8 +335,8 @@ def exact_kl(old, policy):  # KL(π_old‖π_θ) (M,), from what `old` (M, K) π
     if isinstance(policy, Categorical):
         return (old.exp() * (old - policy.logits)).sum(-1)
     mean, std = old.chunk(2, -1)
-    var, shift = (std / policy.stddev).square(), (mean - policy.mean) / policy.stddev
-    return 0.5 * (var - 1.0 - var.log() + shift.square()).sum(-1)
+    var_ratio, shift = (std / policy.stddev).square(), (mean - policy.mean) / policy.stddev
+    return 0.5 * (var_ratio - 1.0 - var_ratio.log() + shift.square()).sum(-1)
 
 
 def kl_penalty_loss(logratio, advantages, kl, kl_coef):  # (M,)
