@@ -34,7 +34,6 @@ import os
 import signal
 import sys
 import time
-import zipfile
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from math import inf, isfinite, nan
@@ -79,7 +78,7 @@ class Args:
     gae_lambda: NonNegativeFloat = 0.95  # λ: 0 trusts the critic, 1 the observed returns; 0.9 to 1
     num_minibatches: PositiveInt = 4  # minibatches per epoch; 4 to 64
     update_epochs: PositiveInt = 4  # passes over each batch; 3 to 10
-    norm_adv: bool = True  # bring the advantages of a minibatch to mean 0 and deviation 1
+    norm_adv: bool = True  # bring the advantages of a minibatch to mean 0, standard deviation 1
     clip_coef: NonNegativeFloat = 0.1  # ε, how far the probability ratio may move; 0.1 to 0.3
     clip_vloss: bool = True  # also keep the value within ±ε of the old one
     ent_coef: NonNegativeFloat = 0.01  # weight of the entropy bonus; 0 to 0.01
@@ -233,7 +232,7 @@ class Rollout(NamedTuple):
     obs: Tensor  # (T, N, *obs)
     actions: Tensor  # (T, N, *act)
     logprobs: Tensor  # (T, N) log π_old(a_t | s_t)
-    rewards: Tensor  # (T, N) as learned from: scaled, or signs
+    rewards: Tensor  # (T, N) as learned from, not as logged
     values: Tensor  # (T, N) V(s_t)
     next_values: Tensor  # (T, N) V(s_{t+1}); where a time limit cut, of the last observation
     terminations: Tensor  # (T, N) 1.0 where s_{t+1} is terminal: no value beyond
@@ -331,7 +330,7 @@ def update(agent, optimizer, rollout: Rollout, args, get_gradient=minibatch_grad
     """Learns from one rollout in epochs of minibatches; returns the means of what is logged."""
     agent.train()
     batch = Rollout(*(x.flatten(0, 1) for x in rollout))  # (B, …)
-    vector, history = optimizer.param_groups[0]["params"][0], []  # its views are the parameters
+    vector, history = optimizer.param_groups[0]["params"][0], []  # the parameters are views of it
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in order.chunk(args.num_minibatches):
@@ -398,10 +397,10 @@ def evaluate(agent, args, videos=None, name="episode"):  # -> the game's score o
 
 
 def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside the checkpoint
-    args.device = "cpu"
-    args, device = prepare(args)
+    args, device = prepare(replace(args, device="cpu"))
     path, env = checkpoint_path(args), make_env(args.env_id)
     checkpoint, spaces = load_checkpoint(path), (env.observation_space, env.action_space)
+    env.close()
     agent = Agent(*spaces, args.shared_network, bf16(args, device))
     restore({"agent": agent.state_dict()}, checkpoint)
     name = f"{path.stem}-step-{checkpoint['global_step']}"
@@ -420,8 +419,6 @@ def checkpoint_path(args):  # of a run, by name or folder; --evaluate may also n
 
 def load_checkpoint(path):  # as plain data: no file can make torch.load run code
     with refusing(f"{path} is no checkpoint of this script", Exception):
-        size = sum(part.file_size for part in zipfile.ZipFile(path).infolist())  # unpacked
-        require(size <= path.stat().st_size, "it would unpack to more than its size")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         require(checkpoint["format"] == FORMAT, f"it is of {checkpoint['format']}")
         checkpoint["args"] = Args(**checkpoint["args"])
@@ -462,8 +459,8 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             return
         with refusing(f"{self.folder} (--resume goes on with a run)", OSError):
             self.path.parent.mkdir(parents=True, exist_ok=args.resume)
-            commit = os.popen(f"git describe --always --dirty 2>{os.devnull}").read()
-            about = {"args": asdict(args), "torch": torch.__version__, "git": commit}
+            git = f'git -C "{Path(__file__).parent}" describe --always --dirty 2>{os.devnull}'
+            about = {"args": asdict(args), "torch": torch.__version__, "git": os.popen(git).read()}
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
         self.writer = SummaryWriter(str(self.folder), purge_step=envs.global_step + 1)
         self.csv = open(self.folder / "episodes.csv", "a", buffering=1)  # line by line
@@ -483,6 +480,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
             what = {"name": self.folder.name, "id": self.state["wandb_id"], "resume": "allow"}
             self.wandb = wandb.init(**where, **what, config=asdict(args), mode=mode)
+            self.wandb.define_metric("*", "global_step")  # the axis of all charts
 
     def goes_on(self):
         solved = len(self.state["returns"]) == 100 and self.mean_return >= self.args.target_return
@@ -511,8 +509,8 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         if now - self.saved_at > 60.0 * self.args.checkpoint_interval:
             self.save()
 
-    def note_signal(self, number, _):  # the first ends the run after an iteration, a second at once
-        if self.signals:
+    def note_signal(self, number, _):  # the run ends after the iteration; a second Ctrl-C: at once
+        if self.signals and number == signal.SIGINT:
             raise KeyboardInterrupt(number)
         self.signals.append(number)
 
@@ -528,7 +526,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         self.saved_at, step, mean = time.monotonic(), self.envs.global_step, self.mean_return
         if RANK:
             return
-        self.writer.flush()  # first: what a checkpoint knows of is there with it
+        self.writer.flush()  # first: no checkpoint is ahead of its log
         names = ["best.pt", "last.pt"] if mean > self.state["best"] else ["last.pt"]
         self.state |= {"best": max(self.state["best"], mean), "rng": torch.get_rng_state()}
         self.state |= {"csv_size": os.stat(self.csv.name).st_size, "global_step": step}
@@ -638,7 +636,7 @@ def prepare(args):  # refuses what cannot work, prepares torch; returns checked 
     for problem, found in problems.items():
         require(not found, problem)
     default = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}"
-    args.run_name = args.run_name or default.replace("/", "-")
+    args.run_name = args.run_name or default.replace("/", "-").replace(":", "-")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     name = auto if args.device == "auto" else args.device
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name

@@ -33,7 +33,6 @@ import os
 import signal
 import sys
 import time
-import zipfile
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from math import inf, isfinite, nan
@@ -77,7 +76,7 @@ class Args:
     gae_lambda: NonNegativeFloat = 0.95  # λ: 0 trusts the critic, 1 the observed returns; 0.9 to 1
     num_minibatches: PositiveInt = 32  # minibatches per epoch; 4 to 64
     update_epochs: PositiveInt = 10  # passes over each batch; 3 to 10
-    norm_adv: bool = True  # bring the advantages of a minibatch to mean 0 and deviation 1
+    norm_adv: bool = True  # bring the advantages of a minibatch to mean 0, standard deviation 1
     clip_coef: NonNegativeFloat = 0.2  # ε, how far the probability ratio may move; 0.1 to 0.3
     clip_vloss: bool = True  # also keep the value within ±ε of the old one
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus; 0 to 0.01
@@ -85,7 +84,7 @@ class Args:
     max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this norm; 0.5 to 5
     target_kl: PositiveFloat | None = None  # no more epochs beyond this approx_kl; 0.01 to 0.05
     # the machine
-    device: str = "cpu"  # cpu, cuda, cuda:1 or mps; the CPU is faster for networks this small
+    device: str = "cpu"  # cpu, cuda, cuda:1 or mps
     compile: bool = True  # torch.compile the loss and its gradient, the slowest part
     torch_deterministic: bool = True  # only repeatable cuDNN algorithms
     async_envs: bool = False  # one process per environment: pays where a step takes over 1 ms
@@ -113,7 +112,7 @@ class Step(NamedTuple):  # of N environments; where an episode ended, the next o
     final_obs: np.ndarray  # (N, *obs) the true next one: where an episode ended, its last
 
 
-class Vectors(gym.Wrapper):  # observations as float vectors; no bounds, see to_space; no infos
+class Vectors(gym.Wrapper):  # to float vectors; without bounds, which may differ, and infos
     def __init__(self, env):
         super().__init__(env)
         self.observation_space = Box(-inf, inf, (flatdim(env.observation_space),))
@@ -132,7 +131,7 @@ class Vectors(gym.Wrapper):  # observations as float vectors; no bounds, see to_
         return np.array(obs if isinstance(space, Box) else flatten(space, obs), np.float32).ravel()
 
 
-def make_env(env_id, **options):  # to train and to play in; refusing, require: see the end
+def make_env(env_id, **options):  # an id or a spec; to train and to play in
     with refusing(f"--env-id {env_id}", gym.error.Error, ModuleNotFoundError):
         env = gym.make(env_id, disable_env_checker=True, **options)
     obs, actions = env.observation_space, env.action_space
@@ -141,7 +140,7 @@ def make_env(env_id, **options):  # to train and to play in; refusing, require: 
     require(fits and flatdim(obs) * flatdim(actions) > 0, f"{wanted}, not {obs}, {actions}")
     if multiprocessing.current_process().daemon:  # of --async-envs: Ctrl-C is for the main process
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return Vectors(gym.wrappers.PassiveEnvChecker(env))  # now, since it asserts that spaces fit
+    return Vectors(gym.wrappers.PassiveEnvChecker(env))  # not in gym.make: it only asserts
 
 
 def to_space(actions, space):  # (N, *act); clips for the environment, the learner keeps its own
@@ -152,7 +151,7 @@ def to_space(actions, space):  # (N, *act); clips for the environment, the learn
 
 class Envs:  # N environments stepped together; where one ends, it begins again in the same step
     def __init__(self, args, seed):
-        with closing(make_env(args.env_id)) as env:  # its spec: workers may not know the id
+        with closing(make_env(args.env_id)) as env:  # its spec: workers may not know ids
             self.observation_space, self.action_space = env.observation_space, env.action_space
             self.bounded_space, spec = env.env.action_space, gym.spec(env.unwrapped.spec.id)
         n = args.num_envs // WORLD_SIZE
@@ -160,7 +159,7 @@ class Envs:  # N environments stepped together; where one ends, it begins again 
         self.envs = vectorize([lambda: make_env(spec)] * n, copy=False, autoreset_mode="SameStep")
         seeds = np.random.SeedSequence(seed).generate_state(args.num_envs)[RANK * n :][:n]
         self.seeds = seeds.tolist()  # of this process
-        self.returns, self.discounted_returns, self.lengths = np.zeros((3, n))  # of episodes so far
+        self.returns, self.discounted_returns, self.lengths = np.zeros((3, n))  # of those under way
         self.return_stats = np.zeros(3)  # number, sum, sum of squares of all discounted returns
         self.finished = []  # (global_step, return, length) of each episode
         self.global_step = 0  # steps of all environments in all processes
@@ -193,10 +192,10 @@ class Envs:  # N environments stepped together; where one ends, it begins again 
                 raise Refusal(f"environment {i}, step {self.lengths[i]:.0f}: {name} is NaN or inf")
 
     def close(self):
-        self.envs.close(terminate=sys.exception())  # after a failure, one may not answer
+        self.envs.close(terminate=sys.exception())  # true after a failure, when one may not answer
 
     def scale_rewards(self, rewards, dones, gamma):  # (T, N)
-        """Divides rewards by the deviation of the discounted returns so far, within ±10 [37]."""
+        """Divides rewards by the standard deviation of discounted returns, within ±10 [37]."""
         scaled = np.empty_like(rewards)
         for t in range(len(rewards)):
             x = self.discounted_returns * gamma + rewards[t]
@@ -205,7 +204,7 @@ class Envs:  # N environments stepped together; where one ends, it begins again 
             count, total, squares = self.return_stats
             variance = max(squares / count - (total / count) ** 2, 0.0)
             scaled[t] = rewards[t] / (variance + 1e-8) ** 0.5
-        average(torch.from_numpy(self.return_stats))  # over processes, in place: they share memory
+        average(torch.from_numpy(self.return_stats))  # over processes; it is a view
         return scaled.clip(-10.0, 10.0)
 
 
@@ -228,7 +227,7 @@ class RunningMeanStd(nn.Module):  # normalises by all batches so far, merged as 
         mean = average(batch.mean(0))
         var = average((batch - mean).square().mean(0))
         number = len(batch) * WORLD_SIZE
-        self.count += number  # in place, as all that follows: CUDA graphs remember addresses
+        self.count += number  # in place, as all below: others hold these tensors
         delta, weight = mean - self.mean, number / self.count  # weight of this batch in all
         self.mean += delta * weight
         self.var += (var - self.var + delta.square() * (1.0 - weight)) * weight
@@ -256,7 +255,7 @@ class Agent(nn.Module):
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(self.act_size))
         self.fast_policy = None  # for acting; found after the first rollout
 
-    def policy(self, obs):  # (…, obs) -> logits and None, or means and log of deviations
+    def policy(self, obs):  # (…, obs) -> logits and None, or means and log σ
         return self.actor(self.normalize(obs)), self.log_std
 
     def value(self, obs):  # (…, obs) -> V(s)
@@ -268,7 +267,7 @@ class Agent(nn.Module):
             return Categorical(logits=output), self.value(obs)
         return Independent(Normal(output, log_std.exp()), 1), self.value(obs)
 
-    def noise(self, *shape):  # (*shape, act_size), always of the CPU's generator, which is saved
+    def noise(self, *shape):  # (*shape, act_size); from the CPU's generator, which is saved
         noise = torch.empty(*shape, self.act_size)
         return -noise.exponential_().log() if self.discrete else noise.normal_()  # Gumbel or normal
 
@@ -283,7 +282,7 @@ class Rollout(NamedTuple):
     obs: Tensor  # (T, N, *obs)
     actions: Tensor  # (T, N, *act)
     logprobs: Tensor  # (T, N) log π_old(a_t | s_t)
-    rewards: Tensor  # (T, N) as learned from: scaled, or signs
+    rewards: Tensor  # (T, N) as learned from, not as logged
     values: Tensor  # (T, N) V(s_t)
     next_values: Tensor  # (T, N) V(s_{t+1}); where a time limit cut, of the last observation
     terminations: Tensor  # (T, N) 1.0 where s_{t+1} is terminal: no value beyond
@@ -298,7 +297,7 @@ def collect_rollout(agent, envs, obs, args):
     agent.eval()
     noise = agent.noise(args.num_steps, len(obs)).to(obs.device)
     all_obs, all_actions, steps = [], [], []
-    policy = agent.fast_policy or agent.policy  # the same in NumPy, once that has agreed
+    policy = agent.fast_policy or agent.policy  # the same in NumPy, once checked
     for t in range(args.num_steps):
         all_obs.append(obs)
         all_actions.append(agent.sample(*policy(obs), noise[t]))
@@ -306,10 +305,10 @@ def collect_rollout(agent, envs, obs, args):
         obs = torch.from_numpy(steps[t].obs).to(obs.device)
     stacked = Step(*map(np.stack, zip(*steps)))  # (T, N, …) each
     rewards = envs.scale_rewards(stacked.rewards, stacked.dones, args.gamma)
-    arrays = rewards, stacked.terminations, stacked.dones, stacked.final_obs  # and now like obs:
+    arrays = rewards, stacked.terminations, stacked.dones, stacked.final_obs  # to be as obs:
     rewards, terminations, dones, final_obs = (torch.from_numpy(x).to(obs) for x in arrays)
     all_obs, actions = torch.stack(all_obs), torch.stack(all_actions)
-    if agent.fast_policy != agent.policy:  # NumPy has not disagreed so far
+    if agent.fast_policy != agent.policy:  # checked after each rollout until it disagrees
         agent.fast_policy = numpy_policy(agent, all_obs[::4])
     policy, values = agent(all_obs)  # all steps at once: acting needs no values and no log π
     next_values = agent.value(final_obs)  # where a time limit cut, the task went on [TIME]
@@ -381,7 +380,7 @@ def update(agent, optimizer, rollout: Rollout, args, get_gradient=minibatch_grad
     """Learns from one rollout in epochs of minibatches; returns the means of what is logged."""
     agent.train()
     batch = Rollout(*(x.flatten(0, 1) for x in rollout))  # (B, …)
-    vector, history = optimizer.param_groups[0]["params"][0], []  # its views are the parameters
+    vector, history = optimizer.param_groups[0]["params"][0], []  # the parameters are views of it
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in order.chunk(args.num_minibatches):
@@ -390,7 +389,7 @@ def update(agent, optimizer, rollout: Rollout, args, get_gradient=minibatch_grad
             history.append(torch.stack(list(metrics.values())))  # a copy: CUDA graphs reuse outputs
         if args.target_kl is not None and average(metrics["losses/approx_kl"]) > args.target_kl:
             break  # approx_kl of the last minibatch, as in CleanRL
-    agent.normalize.update(batch.obs)  # not before: π_old and π_θ see the same inputs
+    agent.normalize.update(batch.obs)  # not before: π_old and π_θ see the same; at first it is raw
     means = dict(zip(metrics, average(torch.stack(history).mean(0)).tolist()))
     unexplained = (batch.returns - batch.values).var() / (batch.returns.var() + 1e-8)
     means["losses/explained_variance"] = 1.0 - unexplained.item()
@@ -449,10 +448,10 @@ def evaluate(agent, args, videos=None, name="episode"):  # -> the return of each
 
 
 def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside the checkpoint
-    args.device = "cpu"
-    prepare(args)
+    args, _ = prepare(replace(args, device="cpu"))
     path, env = checkpoint_path(args), make_env(args.env_id)
     checkpoint, agent = load_checkpoint(path), Agent(env.observation_space, env.action_space)
+    env.close()
     restore({"agent": agent.state_dict()}, checkpoint)
     name = f"{path.stem}-step-{checkpoint['global_step']}"
     videos = None if args.render or not args.capture_video else path.parent.parent / "videos"
@@ -470,8 +469,6 @@ def checkpoint_path(args):  # of a run, by name or folder; --evaluate may also n
 
 def load_checkpoint(path):  # as plain data: no file can make torch.load run code
     with refusing(f"{path} is no checkpoint of this script", Exception):
-        size = sum(part.file_size for part in zipfile.ZipFile(path).infolist())  # unpacked
-        require(size <= path.stat().st_size, "it would unpack to more than its size")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         require(checkpoint["format"] == FORMAT, f"it is of {checkpoint['format']}")
         checkpoint["args"] = Args(**checkpoint["args"])
@@ -513,8 +510,8 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             return
         with refusing(f"{self.folder} (--resume goes on with a run)", OSError):
             self.path.parent.mkdir(parents=True, exist_ok=args.resume)
-            commit = os.popen(f"git describe --always --dirty 2>{os.devnull}").read()
-            about = {"args": asdict(args), "torch": torch.__version__, "git": commit}
+            git = f'git -C "{Path(__file__).parent}" describe --always --dirty 2>{os.devnull}'
+            about = {"args": asdict(args), "torch": torch.__version__, "git": os.popen(git).read()}
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
         self.writer = SummaryWriter(str(self.folder), purge_step=envs.global_step + 1)
         self.csv = open(self.folder / "episodes.csv", "a", buffering=1)  # line by line
@@ -534,6 +531,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
             what = {"name": self.folder.name, "id": self.state["wandb_id"], "resume": "allow"}
             self.wandb = wandb.init(**where, **what, config=asdict(args), mode=mode)
+            self.wandb.define_metric("*", "global_step")  # the axis of all charts
 
     def goes_on(self):
         solved = len(self.state["returns"]) == 100 and self.mean_return >= self.args.target_return
@@ -562,8 +560,8 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         if now - self.saved_at > 60.0 * self.args.checkpoint_interval:
             self.save()
 
-    def note_signal(self, number, _):  # the first ends the run after an iteration, a second at once
-        if self.signals:
+    def note_signal(self, number, _):  # the run ends after the iteration; a second Ctrl-C: at once
+        if self.signals and number == signal.SIGINT:
             raise KeyboardInterrupt(number)
         self.signals.append(number)
 
@@ -579,7 +577,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
         self.saved_at, step, mean = time.monotonic(), self.envs.global_step, self.mean_return
         if RANK:
             return
-        self.writer.flush()  # first: what a checkpoint knows of is there with it
+        self.writer.flush()  # first: no checkpoint is ahead of its log
         names = ["best.pt", "last.pt"] if mean > self.state["best"] else ["last.pt"]
         self.state |= {"best": max(self.state["best"], mean), "rng": torch.get_rng_state()}
         self.state |= {"csv_size": os.stat(self.csv.name).st_size, "global_step": step}
@@ -652,8 +650,8 @@ def compiled(function, args, device):  # as a CUDA graph on a GPU; uncompiled wh
     return call if args.compile else function
 
 
-def numpy_policy(agent, obs):  # agent.policy in NumPy, which is called faster; if they agree
-    with suppress(Exception):  # of an Agent that was changed, or is on a GPU
+def numpy_policy(agent, obs):  # agent.policy in NumPy, quicker to call; itself where they differ
+    with suppress(Exception):  # the Agent may have been changed, or be on a GPU
         mean, var = agent.normalize.mean.numpy(), agent.normalize.var.numpy()
         parameters = [x.data.numpy() for x in agent.actor.parameters()]  # share memory
 
@@ -664,9 +662,9 @@ def numpy_policy(agent, obs):  # agent.policy in NumPy, which is called faster; 
                 x = np.tanh(output)
             return torch.from_numpy(output), agent.log_std
 
-        torch.testing.assert_close(policy(obs), agent.policy(obs), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(policy(obs), agent.policy(obs), rtol=1e-3, atol=1e-4)
         return policy
-    say("acting in PyTorch: on a CPU, NumPy would be faster")
+    say("acting in PyTorch; acting in NumPy is for tanh networks on a CPU")
     return agent.policy
 
 
@@ -707,7 +705,7 @@ def prepare(args):  # refuses what cannot work, prepares torch; returns checked 
     for problem, found in problems.items():
         require(not found, problem)
     default = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}"
-    args.run_name = args.run_name or default.replace("/", "-")
+    args.run_name = args.run_name or default.replace("/", "-").replace(":", "-")
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
     with refusing(f"--device {name}", Exception):  # no such device, or no driver
         device = torch.empty(0, device=name).device

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import time
-import zipfile
 from itertools import pairwise
 
 import fakes
@@ -219,20 +218,10 @@ def put(value, *names):  # the last of them is where
     return change
 
 
-def bomb(path):  # a good checkpoint that unpacks to a thousand times its size
-    put(torch.zeros(10**7), "more")(path)
-    with zipfile.ZipFile(path) as archive:
-        parts = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in parts.items():
-            archive.writestr(name, data)
-
-
 BROKEN = {
     "empty": lambda path: path.write_bytes(b""),
     "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "hostile": put(Hostile(), "rng"),
-    "bomb": bomb,
     "older": put(lambda name: name[:-1] + "3", "format"),
     "other script": put(lambda name: name.replace("ppo_", "other_"), "format"),
     "no format": put(lambda _: KeyError, "format"),
@@ -308,7 +297,7 @@ def test_first_signal(script, number, here, command):
 
 
 def test_second_signal(here):
-    """Acts at once."""
+    """Ctrl-C acts at once; SIGTERM does not, since timeout(1) and others send it twice."""
 
     def hook():  # the second iteration takes 8 seconds
         if len(Walk.steps) == 17:
@@ -321,12 +310,12 @@ def test_second_signal(here):
 
     process = fakes.start(ppo_continuous, here, *options(tiny(ppo_continuous)), before=before)
     fakes.wait_for(lambda: "slow" in (here / "log").read_text())
-    for pause in (1.0, 0.0):
+    for number, pause in ((signal.SIGTERM, 0.5), (signal.SIGTERM, 1.0), (signal.SIGINT, 0.0)):
         assert os.waitpid(process, os.WNOHANG) == (0, 0)
-        os.kill(process, signal.SIGTERM)
+        os.kill(process, number)
         time.sleep(pause)
     begun = time.monotonic()
-    assert fakes.ended(process) == 143 and time.monotonic() - begun < 1.0
+    assert fakes.ended(process) == 130 and time.monotonic() - begun < 1.0
     assert not (here / "runs" / "run" / "checkpoints" / "last.pt").exists()
     assert "Traceback" not in (here / "log").read_text()
 

@@ -81,9 +81,10 @@ def test_numpy_scalars_and_default_name(script):
     drawn |= {"num_minibatches": 1, "total_timesteps": np.int32(2), "max_grad_norm": float("inf")}
     own, spec = f"{script.__name__}/Env-v0", gym.spec(ENVS[script])
     gym.register(own, spec.entry_point, kwargs=spec.kwargs)
-    script.train(tiny(script, run_name=None, env_id=own, exp_name="exp", seed=np.int64(7), **drawn))
+    drawn |= {"run_name": None, "env_id": f"fakes:{own}", "exp_name": "exp", "seed": np.int64(7)}
+    script.train(tiny(script, **drawn))
     (name,) = os.listdir("runs")
-    assert re.fullmatch(script.__name__ + r"-Env-v0__exp__7__\d{10}", name)
+    assert re.fullmatch(f"fakes-{script.__name__}" + r"-Env-v0__exp__7__\d{10}", name)
     saved = torch.load(f"runs/{name}/checkpoints/last.pt", weights_only=True)
     seen = [saved["args"][name] for name in ("num_envs", "gamma", "anneal_lr", "total_timesteps")]
     assert [(x, type(x)) for x in seen] == [(1, int), (1.0, float), (False, bool), (2, int)]

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +37,9 @@ def test_metrics(script, here):
     assert points["charts/episodic_return"] == returns
     about = json.loads((here / "runs" / "run" / "args.json").read_text())
     assert about["args"] == asdict(args) and about["args"]["gamma"] == 0.9
-    assert torch.__version__ in str(about) and "git" in about
+    git = ["git", "-C", Path(script.__file__).parent, "describe", "--always", "--dirty"]
+    git = subprocess.run(git, capture_output=True, text=True)
+    assert torch.__version__ in str(about) and about["git"] == git.stdout  # not of this folder
 
 
 @over_scripts(VECTOR_SCRIPTS)
@@ -116,13 +119,15 @@ def told():
     end = time.monotonic() + 20.0  # W&B's process may write a little later
     while "exit" not in [kind for kind, _ in records(path)] and time.monotonic() < end:
         time.sleep(0.1)
-    seen = SimpleNamespace(rows=[], files=[])
+    seen = SimpleNamespace(rows=[], files=[], axes={})
     for kind, record in records(path):
         if kind == "run":
             seen.run = record.run
         elif kind == "history":
             row = {x.key or x.nested_key[0]: json.loads(x.value_json) for x in record.history.item}
             seen.rows.append(row)
+        elif kind == "metric":
+            seen.axes[record.metric.glob_name] = record.metric.step_metric
         elif kind == "artifact":
             seen.files += [part.path for part in record.artifact.manifest.contents]
         elif kind == "exit":
@@ -151,6 +156,7 @@ def test_wandb(here, monkeypatch):
     assert len({x.run.run_id for x in seen.values()}) == 5
     for name, x in seen.items():
         assert (x.run.display_name, x.run.project, x.exit) == (name, "own", "fails" in name)
+        assert x.axes["*"] == "global_step"
         assert {*x.files} == (set() if "fails" in name else {"last.pt"})
         points = {} if name == "fails at once" else scalars(here / name)
         for tag, values in points.items():

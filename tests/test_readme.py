@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -142,12 +143,13 @@ def test_code_runs_as_printed(tmp_path, monkeypatch):
     ppo_atari.train(ppo_atari.Args(run_name="pong", **small))
     monkeypatch.setattr(ppo_continuous, "train", lambda args: 0.0)  # the sweep takes minutes
     for code in (code for language, code in CODE.findall(ALL) if language == "python"):
-        if "register(" in code:
+        if own := re.search(r'register\("([\w-]+)"', code):
             Path("my_envs.py").write_text(code)
-            env = ppo_continuous.make_env("my_envs:Reach-v0")
-            check_env(env.unwrapped, skip_render_check=True)
-            reach = small | {"env_id": "my_envs:Reach-v0", "num_steps": 32, "total_timesteps": 64}
-            assert train(Args(**reach)) < 0.0  # its episodes end after 20 steps
+            sys.modules.pop("my_envs", None)
+            own = f"my_envs:{own[1]}"
+            check_env(ppo_continuous.make_env(own).unwrapped, skip_render_check=True)
+            own = small | {"env_id": own, "num_steps": 128, "total_timesteps": 512}
+            assert train(Args(**own)) < 0.0  # the longer episodes end after 200 steps
         else:
             lines = code.replace("\n\n", "\n").splitlines()
             assert len([line for line in lines if "import" not in line]) <= 10
