@@ -44,7 +44,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from ale_py import AtariEnv, AtariVectorEnv, roms
+from ale_py import Action, AtariEnv, AtariVectorEnv, roms
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, TimeLimit
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -107,26 +107,25 @@ class Args:
 
 
 # ---- ENVIRONMENTS --------------------------------------------------------------------------------
-class Step(NamedTuple):  # of N environments; where an episode ended, the next one has begun
+class Step(NamedTuple):  # of N environments; where a game ended, the next one has begun
     obs: np.ndarray  # (N, *obs)
     rewards: np.ndarray  # (N,) signs of the game's
-    terminations: np.ndarray  # (N,) bool: the new state is terminal
-    dones: np.ndarray  # (N,) bool: the episode ended, by termination or by time limit
-    final_obs: np.ndarray  # (N, *obs), valid where a time limit cut the episode
+    terminations: np.ndarray  # (N,) bool: the game is over, or a life is lost
+    dones: np.ndarray  # (N,) bool: terminated, or cut by a time limit
+    final_obs: np.ndarray  # (N, *obs), valid only where a time limit cut
 
 
 class Opening(gym.Wrapper):  # as AtariVectorEnv opens a game: FIRE if any, no-ops, up to 29 in all
     def reset(self, **options):
-        obs, info = self.env.reset(**options)
-        meanings = self.unwrapped.get_action_meanings()
-        fire = [meanings.index("FIRE")] if "FIRE" in meanings else []
-        for action in fire + [0] * (self.unwrapped.np_random.integers(30) - len(fire)):
-            obs, *_, info = self.env.step(action)
-        return obs, info
+        result, game = self.env.reset(**options), self.unwrapped
+        fire = "FIRE" in game.get_action_meanings()
+        for action in [Action.FIRE] * fire + [Action.NOOP] * (game.np_random.integers(30) - fire):
+            game.ale.act(action)
+        return result  # AtariPreprocessing takes the picture itself
 
 
 def make_env(env_id, render_mode=None):
-    """One game to play in, which can be drawn; its observations are those of Envs, bit for bit."""
+    """One game to play and render; its observations are those of Envs, bit for bit."""
     options = game_options(env_id)
     skip, limit = options.pop("frameskip"), options.pop("max_num_frames_per_episode")
     env = AtariEnv(**options, frameskip=1, obs_type="grayscale", render_mode=render_mode)
@@ -139,6 +138,7 @@ def make_env(env_id, render_mode=None):
 class Envs:
     """N games in C++ threads; observations are the last 4 pictures, grey, 84x84 [DQN].
 
+    A picture is the maximum of two frames; games begin as in Opening: AtariVectorEnv's defaults.
     Rewards become their sign, and a lost life is terminal to the learner; game and score go on.
     """
 
@@ -153,7 +153,7 @@ class Envs:
         seeds = np.random.SeedSequence(seed).generate_state(args.num_envs)[RANK * n :][:n]
         self.seeds = (seeds % 2**31).astype(int)  # of this process
         self.returns, self.lengths = np.zeros((2, n))  # of the games so far
-        self.finished = []  # (global_step, return, length) of each game
+        self.finished = []  # (global_step, environment, return, length) of each game
         self.global_step = 0  # steps of all environments in all processes
 
     def reset(self):  # -> (N, 4, 84, 84)
@@ -169,10 +169,10 @@ class Envs:
         # a lost life terminates as well, but only a new game counts its frames from the start
         before, self.frames = self.frames, infos["episode_frame_number"]
         for i in np.flatnonzero(truncations | (terminations & (self.frames < before))):
-            self.finished.append((self.global_step, self.returns[i], self.lengths[i]))
+            self.finished.append((self.global_step, i, self.returns[i], self.lengths[i]))
             self.returns[i] = self.lengths[i] = 0
-        dones, final_obs = terminations | truncations, infos.get("final_obs", obs)
-        return Step(obs, np.sign(rewards), terminations, dones, final_obs)
+        dones = terminations | truncations
+        return Step(obs, np.sign(rewards), terminations, dones, infos.get("final_obs", obs))
 
 
 # ---- AGENT ---------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ class Agent(nn.Module):
 
     def __init__(self, observation_space, action_space, shared_network=True, bf16=False):
         super().__init__()
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.dtype = torch.bfloat16 if bf16 else torch.float32  # of convolutions; weights stay fp32
         self.network = nature_cnn(observation_space)
         self.value_network = None if shared_network else nature_cnn(observation_space)
         self.actor = init(nn.Linear(512, int(action_space.n)), gain=0.01)  # nearly uniform at first
@@ -209,7 +209,7 @@ class Agent(nn.Module):
 
     def forward(self, obs):  # uint8 (M, *obs) -> π(·|s), V(s) (M,)
         layout = torch.contiguous_format if obs.device.type == "mps" else torch.channels_last
-        x = (obs.to(self.dtype) / 255.0).contiguous(memory_format=layout)  # whichever is faster
+        x = (obs.to(self.dtype) / 255.0).contiguous(memory_format=layout)  # the faster
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             hidden = self.network(x)
             value_hidden = hidden if self.value_network is None else self.value_network(x)
@@ -245,21 +245,23 @@ class Rollout(NamedTuple):
 def collect_rollout(agent, envs, obs, args, act=Agent.act):
     """Acts from `obs` (N, *obs) on; returns the Rollout and the observations that come next."""
     agent.eval()
-    device, noise = obs.device, agent.noise(args.num_steps, len(obs)).to(obs.device)
-    shape = args.num_steps * len(obs), *obs.shape[1:]  # (B, *obs), as convolutions like it
-    frames = torch.empty(shape, dtype=obs.dtype, device=device, memory_format=torch.channels_last)
-    all_obs, acted, outcomes, final_values = frames.unflatten(0, noise.shape[:2]), [], [], {}
+    (num_envs, *size), device = obs.shape, obs.device
+    noise = agent.noise(args.num_steps, num_envs).to(device)
+    shape = args.num_steps * num_envs, *size  # (B, *obs); channels last, as convolutions are faster
+    flat = torch.empty(shape, dtype=obs.dtype, device=device, memory_format=torch.channels_last)
+    all_obs = flat.unflatten(0, (args.num_steps, num_envs))
+    acted, ends, final_values = [], [], {}
     for t in range(args.num_steps):
         all_obs[t] = obs
-        acted.append([x.clone() for x in act(agent, all_obs[t], noise[t])])  # a graph reuses them
+        acted.append([x.clone() for x in act(agent, all_obs[t], noise[t])])  # graphs reuse them
         step = envs.step(acted[t][0].cpu().numpy())
-        outcomes.append((step.rewards, step.terminations, step.dones))
+        ends.append((step.rewards, step.terminations, step.dones))
         if (step.dones & ~step.terminations).any():  # a time limit is no end of the task [TIME]
             final_values[t] = agent.value(torch.from_numpy(step.final_obs).to(device))
         obs = torch.from_numpy(step.obs).to(device)
     actions, logprobs, values = (torch.stack(x) for x in zip(*acted))
-    outcomes = torch.from_numpy(np.array(outcomes, dtype=np.float32)).to(device)  # (T, 3, N)
-    rewards, terminations, dones = outcomes.unbind(1)
+    ends = torch.from_numpy(np.array(ends, dtype=np.float32)).to(device)  # (T, 3, N)
+    rewards, terminations, dones = ends.unbind(1)
     next_values = torch.cat([values[1:], agent.value(obs)[None]])
     for t, value in final_values.items():
         next_values[t] = torch.where(dones[t] > terminations[t], value, next_values[t])  # cut
@@ -354,7 +356,7 @@ def train(args):
     envs = Envs(args, [args.seed, checkpoint["global_step"] if checkpoint else 0])
     with closing(envs):
         spaces = envs.observation_space, envs.action_space
-        agent = Agent(*spaces, args.shared_network, bf16(args, device)).to(device)
+        agent = Agent(*spaces, args.shared_network, wants_bf16(args, device)).to(device)
         optimizer = make_optimizer(agent, args)
         act = compiled(Agent.act, args, device)
         get_gradient = compiled(minibatch_gradient, args, device)
@@ -389,7 +391,7 @@ def evaluate(agent, args, videos=None, name="episode"):  # -> the game's score o
         for i in range(args.eval_episodes):
             (obs, _), done = env.reset(seed=args.seed + i), False
             while not done:
-                noise = agent.noise(1) * (not args.deterministic)
+                noise = agent.noise(1) * (not args.deterministic)  # 0: the likeliest
                 action, *_ = agent.act(torch.from_numpy(obs[None]), noise)
                 obs, _, terminated, truncated, _ = env.step(action.item())
                 done = terminated or truncated
@@ -401,10 +403,10 @@ def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside 
     path, env = checkpoint_path(args), make_env(args.env_id)
     checkpoint, spaces = load_checkpoint(path), (env.observation_space, env.action_space)
     env.close()
-    agent = Agent(*spaces, args.shared_network, bf16(args, device))
+    agent = Agent(*spaces, args.shared_network, wants_bf16(args, device))
     restore({"agent": agent.state_dict()}, checkpoint)
     name = f"{path.stem}-step-{checkpoint['global_step']}"
-    videos = None if args.render or not args.capture_video else path.parent.parent / "videos"
+    videos = path.parents[1] / "videos" if args.capture_video and not args.render else None
     returns = evaluate(agent, args, videos, name)
     print(f"{name}: return {np.mean(returns):.2f} ± {np.std(returns):.2f}, {len(returns)} episodes")
     path.with_name("eval.json").write_text(json.dumps({"args": asdict(args), "returns": returns}))
@@ -490,7 +492,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
     def end_iteration(self, metrics):  # logs it, and saves it where it is time to
         bad = [name for name, value in metrics.items() if not isfinite(value)]
         require(not bad, f"{bad} became NaN or infinite; try a lower --learning-rate")
-        for step, episodic_return, length in sorted(gather(self.envs.finished)):
+        for step, _, episodic_return, length in sorted(gather(self.envs.finished)):
             self.state["returns"] = [*self.state["returns"][-99:], float(episodic_return)]
             row = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
             self.log(step, row, f"{step},{time.time():.2f},{episodic_return},{length:.0f}\n")
@@ -654,7 +656,7 @@ def prepare(args):  # refuses what cannot work, prepares torch; returns checked 
     return args, device
 
 
-def bf16(args, device):  # auto: where matrix products are faster with it
+def wants_bf16(args, device):  # auto: where matrix products are faster with it
     fast = False
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -677,12 +679,12 @@ def game_options(env_id):  # what an id says, as arguments of AtariVectorEnv, or
     require(plain and game in roms.get_all_rom_ids() and not spec.additional_wrappers, wrong)
     options = {"game": game, "frameskip": 4, "repeat_action_probability": 0.25}  # as in AtariEnv
     options |= {"full_action_space": False, "max_num_frames_per_episode": None}
-    usual = (None, 0, "rgb", "grayscale", 0.5)  # of mode, difficulty, ...: change nothing
+    usual = (None, 0, "rgb", "grayscale", 0.5)  # of mode, obs_type, continuous, …: change nothing
     odd = {k: v for k, v in spec.kwargs.items() if k not in options and v not in usual}
     require(not odd, f"--env-id {env_id}: ppo_atari.py cannot do {odd}")
     options |= {k: v for k, v in spec.kwargs.items() if k in options}
     skip, limit = options["frameskip"], options["max_num_frames_per_episode"] or 108_000
-    if skip == 1 or isinstance(skip, tuple):  # to play with 4; 3 where shots blink every 4 frames
+    if skip == 1 or isinstance(skip, tuple):  # 4, as usual; this one had 3
         options["frameskip"] = 3 if dropped and game == "space_invaders" else 4
     if spec.max_episode_steps is not None:
         limit = min(limit, spec.max_episode_steps * (1 if skip == 1 else options["frameskip"]))
@@ -694,7 +696,7 @@ def main():
     try:
         args, unknown = tyro.cli(Args, return_unknown_args=True)
         hint = "of CleanRL's, --cuda is --device, --save-model always on, --x False --no-x"
-        other = "--clip-coef is of ppo_continuous.py, --kl-coef of ppo_kl_penalty.py"
+        other = "--clip-coef is not of ppo_kl_penalty.py, --kl-coef of no other"
         require(not unknown, f"unknown {unknown}, see --help; {hint}; {other}")
         path, before = checkpoint_path(args), Args()
         if args.evaluate is not None or (args.resume and path.exists()):

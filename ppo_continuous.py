@@ -161,7 +161,7 @@ class Envs:  # N environments stepped together; where one ends, it begins again 
         self.seeds = seeds.tolist()  # of this process
         self.returns, self.discounted_returns, self.lengths = np.zeros((3, n))  # of those under way
         self.return_stats = np.zeros(3)  # number, sum, sum of squares of all discounted returns
-        self.finished = []  # (global_step, return, length) of each episode
+        self.finished = []  # (global_step, environment, return, length) of each episode
         self.global_step = 0  # steps of all environments in all processes
 
     def reset(self):  # -> (N, *obs)
@@ -180,7 +180,7 @@ class Envs:  # N environments stepped together; where one ends, it begins again 
         self.global_step += len(obs) * WORLD_SIZE
         self.returns += rewards
         for i in np.flatnonzero(dones):
-            self.finished.append((self.global_step, self.returns[i], self.lengths[i]))
+            self.finished.append((self.global_step, i, self.returns[i], self.lengths[i]))
             self.returns[i] = self.lengths[i] = 0
         return Step(obs.copy(), rewards, terminations, dones, final_obs)
 
@@ -440,7 +440,7 @@ def evaluate(agent, args, videos=None, name="episode"):  # -> the return of each
         for i in range(args.eval_episodes):
             (obs, _), done = env.reset(seed=args.seed + i), False
             while not done:
-                noise = agent.noise(1) * (not args.deterministic)
+                noise = agent.noise(1) * (not args.deterministic)  # 0: the likeliest
                 action = agent.sample(*agent.policy(torch.from_numpy(obs[None])), noise).numpy()
                 obs, _, terminated, truncated, _ = env.step(to_space(action, space)[0])
                 done = terminated or truncated
@@ -454,7 +454,7 @@ def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside 
     env.close()
     restore({"agent": agent.state_dict()}, checkpoint)
     name = f"{path.stem}-step-{checkpoint['global_step']}"
-    videos = None if args.render or not args.capture_video else path.parent.parent / "videos"
+    videos = path.parents[1] / "videos" if args.capture_video and not args.render else None
     returns = evaluate(agent, args, videos, name)
     print(f"{name}: return {np.mean(returns):.2f} ± {np.std(returns):.2f}, {len(returns)} episodes")
     path.with_name("eval.json").write_text(json.dumps({"args": asdict(args), "returns": returns}))
@@ -541,7 +541,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
     def end_iteration(self, metrics):  # logs it, and saves it where it is time to
         bad = [name for name, value in metrics.items() if not isfinite(value)]
         require(not bad, f"{bad} became NaN or infinite; try a lower --learning-rate")
-        for step, episodic_return, length in sorted(gather(self.envs.finished)):
+        for step, _, episodic_return, length in sorted(gather(self.envs.finished)):
             self.state["returns"] = [*self.state["returns"][-99:], float(episodic_return)]
             row = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
             self.log(step, row, f"{step},{time.time():.2f},{episodic_return},{length:.0f}\n")
@@ -725,7 +725,7 @@ def main():
     try:
         args, unknown = tyro.cli(Args, return_unknown_args=True)
         hint = "of CleanRL's, --cuda is --device, --save-model always on, --x False --no-x"
-        other = "--clip-coef is of ppo_continuous.py, --kl-coef of ppo_kl_penalty.py"
+        other = "--clip-coef is not of ppo_kl_penalty.py, --kl-coef of no other"
         require(not unknown, f"unknown {unknown}, see --help; {hint}; {other}")
         path, before = checkpoint_path(args), Args()
         if args.evaluate is not None or (args.resume and path.exists()):

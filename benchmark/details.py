@@ -167,7 +167,7 @@ def rewards_as_they_are() -> None:
         new = step(envs, actions)
         ended = new.dones & (envs.lengths == 0)  # whose returns were moved to `finished`
         rewards = envs.returns - before
-        rewards[ended] += [score for _, score, _ in envs.finished[finished:]]
+        rewards[ended] += [score for *_, score, _ in envs.finished[finished:]]
         return new._replace(rewards=rewards)
 
     ppo_atari.Envs.step = new_step
@@ -178,26 +178,32 @@ DETAIL_TASKS = ("HalfCheetah", "Hopper", "Walker2d", "Ant")  # of version 5
 
 @dataclass(frozen=True)
 class Detail:
-    number: int  # in docs/details.md
+    number: int | str  # in docs/details.md
     instead: str  # of it
     flags: str = ""
     change: Callable[[], None] = lambda: None
+    game: str = "Pong"  # in Atari, one in which it can be seen
 
 
 DETAILS = {
     "no-observation-normalization": Detail(
-        3, "observations as they are", "", no_observation_normalization
+        "3, 4", "observations as they are", "", no_observation_normalization
     ),
     "statistics-at-every-step": Detail(3, "updated at every step", "", statistics_at_every_step),
     "no-reward-scaling": Detail(5, "rewards as they are", "", no_reward_scaling),
+    "no-reward-scaling-no-value-clipping": Detail(
+        "5, 22", "both rewards and value loss as they are", "--no-clip-vloss", no_reward_scaling
+    ),
     "time-limits-terminal": Detail(1, "time limits are terminal", "", time_limits_terminal),
     "dummy-rows": Detail(2, "steps that reset are learned from", "", dummy_rows),
     "one-environment": Detail(7, "1 × 2048", "--num-envs 1 --num-steps 2048"),
     "clipped-actions-stored": Detail(8, "clipped before stored", "", clipped_actions_stored),
-    "state-dependent-std": Detail(9, "deviation depends on state", "", state_dependent_std),
+    "state-dependent-std": Detail(9, "deviation depends on the state", "", state_dependent_std),
     "shared-trunk": Detail(10, "one network with two heads", "", shared_trunk),
     "relu": Detail(10, "ReLU", "", relu),
-    "default-initialization": Detail(16, "PyTorch's initialisation", "", default_initialization),
+    "default-initialization": Detail(
+        16, "PyTorch's initialisation of all layers", "", default_initialization
+    ),
     "last-layer-gain-1": Detail(16, "gain 1 of policy's last layer", "", last_layer_gain_1),
     "adam-eps-1e-8": Detail(17, "Adam's ε 1e-8", "", adam_eps_1e_8),
     "constant-learning-rate": Detail(17, "constant learning rate", "--no-anneal-lr"),
@@ -210,12 +216,16 @@ DETAILS = {
 }
 ATARI_DETAILS = {
     "no-life-loss": Detail(
-        14, "a lost life is nothing special", "", lambda: atari_options(life_loss_info=False)
+        14,
+        "a lost life is nothing special",
+        "",
+        lambda: atari_options(life_loss_info=False),
+        "Breakout",
     ),
-    "rewards-as-they-are": Detail(6, "rewards as they are", "", rewards_as_they_are),
+    "rewards-as-they-are": Detail(6, "rewards as they are", "", rewards_as_they_are, "Breakout"),
     "two-epochs": Detail(19, "two epochs instead of four", "--update-epochs 2"),
     "no-maximum-over-frames": Detail(
-        12, "the last frame alone", "", lambda: atari_options(maxpool=False)
+        12, "the last frame alone", "", lambda: atari_options(maxpool=False), "SpaceInvaders"
     ),
 }
 

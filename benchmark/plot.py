@@ -361,70 +361,98 @@ def paper(folder: Path) -> list[str]:
     return short
 
 
-# What else has the runs of scripts with all details: the same learning, before and after rewriting
-WITH_ALL_DETAILS = ("mujoco", "rewritten")
+def comparisons(samples: dict[str, dict[str, np.ndarray]], control: str) -> dict[str, tuple]:
+    """How much the control's mean is above that of each arm, by arm: mean over tasks, low, high.
+
+    The intervals hold for all arms at once with 95 % (Bonferroni). A task's spread is pooled over
+    its arms, since three runs of one do not tell it. Last come the differences by task.
+    """
+    arms = dict.fromkeys(arm for of in samples.values() for arm in of if arm != control)
+    freedoms = {task: sum(len(x) - 1 for x in of.values()) for task, of in samples.items()}
+    variances = {
+        task: sum(len(x) * x.var() for x in of.values()) / freedoms[task]
+        for task, of in samples.items()
+    }
+    found = {}
+    for arm in arms:
+        pairs = {task: (of[control], of[arm]) for task, of in samples.items() if arm in of}
+        gaps = {task: a.mean() - b.mean() for task, (a, b) in pairs.items()}
+        parts = [variances[task] * (1 / len(a) + 1 / len(b)) for task, (a, b) in pairs.items()]
+        parts = np.array(parts) / len(pairs) ** 2
+        freedom = parts.sum() ** 2 / sum(parts**2 / [freedoms[task] for task in pairs])
+        half = stats.t.ppf(1.0 - 0.025 / len(arms), freedom) * parts.sum() ** 0.5
+        mean = np.mean(list(gaps.values()))
+        found[arm] = mean, mean - half, mean + half, gaps
+    return found
+
+
+def runs_without_details(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """By task and detail ("" is none) at least three final returns each, one of each seed."""
+    newest = {}  # the scripts learned the same before and after they were rewritten
+    for study in ("mujoco", "rewritten"):
+        for (env_id, script), group in load(RESULTS / study).items():
+            if script == "ppo_continuous.py":
+                newest |= {(env_id, run["args"]["seed"]): run for run in group}
+    runs = {f"{task}-v5": {} for task in DETAIL_TASKS}
+    for env_id, of in runs.items():
+        of[""] = finals_of([run for (name, _), run in newest.items() if name == env_id])
+        for detail in DETAILS:
+            group = sum(load(folder / detail).values(), [])
+            finals = finals_of([run for run in group if run["args"]["env_id"] == env_id])
+            of |= {detail: finals} if len(finals) > 2 else {}
+    return {env_id: of for env_id, of in runs.items() if len(of) > 1}
 
 
 def details(folder: Path) -> list[str]:
     """What each detail is worth: the score with all of them minus that without it, for docs/.
 
-    Scores as in the paper's Table 1, of the tasks that there are at least three runs of.
+    Scores as in the paper's Table 1.
     """
-    everything = [load(RESULTS / study) for study in WITH_ALL_DETAILS]
-    names = [f"{task}-v5" for task in DETAIL_TASKS]
-    full = {
-        name: finals_of(sum([of.get((name, "ppo_continuous.py"), []) for of in everything], []))
-        for name in names
-    }
-    without = {
-        detail: {env_id: finals_of(group) for (env_id, _), group in load(folder / detail).items()}
-        for detail in DETAILS
-    }
+    runs = runs_without_details(folder)
     random = load(RESULTS / "paper" / "random") | load(folder / "random")
     floor = {env_id: finals_of(group).mean() for (env_id, _), group in random.items()}
-    best = {
-        name: max(
-            x.max() for x in (full[name], *(of.get(name, full[name]) for of in without.values()))
-        )
-        for name in names
-    }
-    effects = {}
-    for detail, of in without.items():
-        tasks = [name for name in names if len(of.get(name, ())) > 2]
-        if tasks:
-            sides = [(full[name], 1.0) for name in tasks] + [(of[name], -1.0) for name in tasks]
-            scale = [best[name] - floor[name] for name in tasks] * 2
-            samples = [x / size for (x, _), size in zip(sides, scale, strict=True)]
-            weights = [sign / len(tasks) for _, sign in sides]
-            effects[detail] = (*interval(samples, weights), tasks)
-    rows = ["| # | without it | worth | 95 % | verdict | tasks |", "|---" * 6 + "|"]
-    rows = rows if effects else ["No detail has three runs of a task yet."]
-    order = sorted(effects, key=lambda detail: -effects[detail][0])
+    units = {task: max(x.max() for x in of.values()) - floor[task] for task, of in runs.items()}
+    scores = {task: {arm: x / units[task] for arm, x in of.items()} for task, of in runs.items()}
+    found = comparisons(scores, "")
+    names = [task.removesuffix("-v5") for task in runs]
+    rows = [f"| # | without it | worth | 95 % | verdict | {' | '.join(names)} |"]
+    rows.append("|---" * (5 + len(names)) + "|")
+    seeds = ["| without it | task | each seed | mean ± sd |", "|---" * 4 + "|"]
+    order = sorted(found, key=lambda detail: -found[detail][0])
     for detail in order:
-        worth, low, high, tasks = effects[detail]
-        shown = ", ".join(task.removesuffix("-v5") for task in tasks)
-        cells = (DETAILS[detail].number, DETAILS[detail].instead, f"{worth:.2f}",
-                 f"{low:.2f} to {high:.2f}", verdict(worth, low, high), shown)  # fmt: skip
-        rows.append(f"| {' | '.join(map(str, cells))} |")
+        worth, low, high, gaps = found[detail]
+        number, instead = DETAILS[detail].number, DETAILS[detail].instead
+        each = [
+            f"{gaps[task]:.2f} ({len(runs[task][detail])})" if task in gaps else "–"
+            for task in runs
+        ]
+        cells = [f"{worth:.2f}", f"{low:.2f} to {high:.2f}", verdict(low, high), *each]
+        rows.append(f"| {number} | {instead} | {' | '.join(cells)} |")
+    for arm in ["", *order]:
+        for task, of in runs.items():
+            if arm in of:
+                instead = DETAILS[arm].instead if arm else "nothing: the defaults"
+                seeds.append(f"| {instead} | {task} | {' | '.join(per_seed(of[arm], 0))} |")
     if order:
         figure, axis = plt.subplots(figsize=(WIDTH, 0.27 * len(order) + 1.0))
         for row, detail in enumerate(order):
-            worth, low, high, _ = effects[detail]
+            worth, low, high, _ = found[detail]
             axis.plot([low, high], [row, row], color=OURS, linewidth=1.5)
             axis.plot(worth, row, "o", color=OURS)
         axis.axvline(0.0, color=BLACK, linewidth=0.8)
         axis.set_yticks(range(len(order)), [DETAILS[detail].instead for detail in order])
         axis.invert_yaxis()
         axis.grid(axis="x", alpha=0.25)
-        axis.set_xlabel("score lost without the detail, and 95 % interval; right of 0 it helps")
+        axis.set_xlabel("score lost so, and 95 % interval; right of 0 the detail helps")
         save(figure, folder / "worth.png")
-    (folder / "table.md").write_text("\n".join(rows) + "\n")
+    rows = rows if order else ["No detail has three runs of a task yet."]
+    (folder / "table.md").write_text("\n".join([*rows, "", *seeds]) + "\n")
     return rows
 
 
-def verdict(worth: float, low: float, high: float) -> str:
+def verdict(low: float, high: float) -> str:
     if low > 0.0:
-        return "essential" if worth > 0.25 else "helps"
+        return "essential" if low > 0.25 else "helps"
     return "hurts" if high < 0.0 else "none seen"
 
 

@@ -97,7 +97,7 @@ STUDIES = (
             for task in ("HalfCheetah", "Hopper")
         ],
         "rewritten": [  # the same again after the scripts were rewritten; the clipped one elsewhere
-            *(("ppo_continuous.py", f"{task}-v5", 5, "") for task in ("HalfCheetah", "Hopper")),
+            *(("ppo_continuous.py", f"{task}-v5", 10, "") for task in MUJOCO_TASKS),
             ("ppo_continuous.py", "CartPole-v1", 5, "--total-timesteps 200000"),
             ("ppo_continuous.py", "LunarLander-v3", 3, "--total-timesteps 1000000 --gamma 0.995"),
         ],
@@ -118,10 +118,16 @@ STUDIES = (
         for name, detail in DETAILS.items()
     }
     | {
+        "details-atari/defaults": [
+            ("ppo_atari.py", f"{game}NoFrameskip-v4", 3, "--total-timesteps 2000000")
+            for game in dict.fromkeys(detail.game for detail in ATARI_DETAILS.values())
+        ],
+    }
+    | {
         f"details-atari/{name}": [
             (
                 "benchmark/details.py",
-                "BreakoutNoFrameskip-v4" if name == "no-life-loss" else "PongNoFrameskip-v4",
+                f"{detail.game}NoFrameskip-v4",
                 3,
                 f"--detail {name} --total-timesteps 2000000 {detail.flags}",
             )

@@ -141,6 +141,26 @@ def test_95_percent_intervals_contain_the_truth_that_often(draw):
     np.testing.assert_allclose(ours[1:], scipys.confidence_interval())
 
 
+def test_details_without_effect_are_seldom_seen():
+    """Three runs of each; on one task, as on HalfCheetah, most seeds end low, some much higher."""
+    rng, wrong = np.random.default_rng(1), []
+    for _ in range(1000):
+        draw = lambda n: (rng.random(n) < 0.3) + rng.normal(0.0, 0.1, n)  # noqa: E731
+        samples = {"a": {"": draw(10)} | {name: draw(3) for name in "123456789"}}
+        samples["b"] = {"": rng.normal(size=5)} | {name: rng.normal(size=3) for name in "1234"}
+        samples["b"]["1"] = samples["b"]["1"] - 2.0  # which is worth 2 there, so 1 on average
+        found = plot.comparisons(samples, "")
+        assert found.keys() == {*"123456789"}
+        right = found["1"][1] < 1.0 < found["1"][2]
+        wrong.append(
+            not right or any(x[1] > 0.0 or x[2] < 0.0 for k, x in found.items() if k > "1")
+        )
+    assert np.mean(wrong) < 0.06
+    samples = {"a": {"": rng.normal(size=9), "1": rng.normal(size=4)}}
+    expected = stats.ttest_ind(*samples["a"].values()).confidence_interval()
+    np.testing.assert_allclose(plot.comparisons(samples, "")["1"][1:3], expected)
+
+
 SEEN = {}  # detail: weights after a short training
 
 
@@ -176,7 +196,7 @@ def test_details_of_atari_are_switched_off(monkeypatch):
         games.reset()
         rng = np.random.default_rng(1)
         steps = [games.step(rng.integers(9, size=4)) for _ in range(500)]
-        played[name] = steps, sum(games.returns) + sum(x for _, x, _ in games.finished)
+        played[name] = steps, sum(games.returns) + sum(x for *_, x, _ in games.finished)
         games.close()
     ends = {name: sum(x.dones.sum() for x in steps) for name, (steps, _) in played.items()}
     assert ends["no-life-loss"] < ends[""]

@@ -70,7 +70,7 @@ def play(env_id, num_steps, monkeypatch):
                     np.testing.assert_array_equal(step.final_obs[0], obs)
                     seen.cut += 1
                 seen.over += terminated
-                finished.append((t + 1, score, length))
+                finished.append((t + 1, 0, score, length))
                 obs, _ = env.reset()
                 seen.openings.append(int(envs.frames[0]))
                 score, length, lives = 0.0, 0, env.unwrapped.ale.lives()

@@ -74,7 +74,7 @@ def test_steps_and_episodes(script, kind):
     assert {steps[0].obs.dtype, steps[0].final_obs.dtype, first.dtype} == {np.dtype(np.float32)}
     assert (steps[0].terminations.dtype, steps[0].dones.dtype) == (bool, bool)
     episodes = [(t, i, *rest) for i, (_, ends) in enumerate(stories) for t, *rest in ends]
-    expected = [(3 * t, total, length) for t, _, total, length in sorted(episodes)]
+    expected = [(3 * t, i, total, length) for t, i, total, length in sorted(episodes)]
     np.testing.assert_allclose(made.finished, expected)
     assert made.global_step == 120
 
@@ -89,7 +89,7 @@ def test_an_id_may_stand_for_any_function(script, bonus):
 
     gym.register("Made-v0", make, max_episode_steps=3)
     try:
-        assert play(script, "Made-v0", 3)[0].finished == [(6, 3.0 * bonus, 3)] * 2
+        assert play(script, "Made-v0", 3)[0].finished == [(6, i, 3.0 * bonus, 3) for i in (0, 1)]
     finally:
         del gym.registry["Made-v0"]
 
