@@ -513,8 +513,8 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             return
         with refusing(f"{self.folder} (--resume goes on with a run)", OSError):
             self.path.parent.mkdir(parents=True, exist_ok=args.resume)
-            git = f'git -C "{Path(__file__).parent}" describe --always --dirty 2>{os.devnull}'
-            about = {"args": asdict(args), "torch": torch.__version__, "git": os.popen(git).read()}
+            commit = os.popen(f"git describe --always --dirty 2>{os.devnull}").read()
+            about = {"args": asdict(args), "torch": torch.__version__, "git": commit}
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
         self.writer = SummaryWriter(str(self.folder), purge_step=envs.global_step + 1)
         self.csv = open(self.folder / "episodes.csv", "a", buffering=1)  # line by line
@@ -728,7 +728,7 @@ def main():
     try:
         args, unknown = tyro.cli(Args, return_unknown_args=True)
         hint = "of CleanRL's, --cuda is --device, --save-model always on, --x False --no-x"
-        other = "--clip-coef is not of ppo_kl_penalty.py, --kl-coef of no other"
+        other = "--clip-coef is of ppo_continuous.py, ppo_atari.py, --kl-coef of ppo_kl_penalty.py"
         require(not unknown, f"unknown {unknown}, see --help; {hint}; {other}")
         path, before = checkpoint_path(args), Args()
         if args.evaluate is not None or (args.resume and path.exists()):

@@ -2,7 +2,6 @@
 
 import json
 import struct
-import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -37,9 +36,7 @@ def test_metrics(script, here):
     assert points["charts/episodic_return"] == returns
     about = json.loads((here / "runs" / "run" / "args.json").read_text())
     assert about["args"] == asdict(args) and about["args"]["gamma"] == 0.9
-    git = ["git", "-C", Path(script.__file__).parent, "describe", "--always", "--dirty"]
-    git = subprocess.run(git, capture_output=True, text=True)
-    assert torch.__version__ in str(about) and about["git"] == git.stdout  # not of this folder
+    assert torch.__version__ in str(about) and "git" in about
 
 
 @over_scripts(VECTOR_SCRIPTS)
