@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import envs
@@ -141,24 +142,29 @@ def test_95_percent_intervals_contain_the_truth_that_often(draw):
     np.testing.assert_allclose(ours[1:], scipys.confidence_interval())
 
 
+def runs_of_seeds(rng, luck, n, modes):
+    return dict(enumerate(luck[:n] + modes * (rng.random(n) < 0.3) + rng.normal(0.0, 0.3, n)))
+
+
 def test_details_without_effect_are_seldom_seen():
     """Three runs of each; on one task, as on HalfCheetah, most seeds end low, some much higher."""
     rng, wrong = np.random.default_rng(1), []
     for _ in range(1000):
-        draw = lambda n: (rng.random(n) < 0.3) + rng.normal(0.0, 0.1, n)  # noqa: E731
-        samples = {"a": {"": draw(10)} | {name: draw(3) for name in "123456789"}}
-        samples["b"] = {"": rng.normal(size=5)} | {name: rng.normal(size=3) for name in "1234"}
-        samples["b"]["1"] = samples["b"]["1"] - 2.0  # which is worth 2 there, so 1 on average
+        luck = rng.normal(size=10)  # of a seed, whatever the arm
+        draw = partial(runs_of_seeds, rng, luck)
+        samples = {"a": {"": draw(10, 1.0)} | {name: draw(3, 1.0) for name in "123456789"}}
+        samples["b"] = {"": draw(5, 0.0)} | {name: draw(3, 0.0) for name in "1234"}
+        samples["b"]["1"] = {seed: x - 2.0 for seed, x in samples["b"]["1"].items()}
         found = plot.comparisons(samples, "")
         assert found.keys() == {*"123456789"}
-        right = found["1"][1] < 1.0 < found["1"][2]
+        right = found["1"][1] < 1.0 < found["1"][2]  # worth 2 in one of two tasks
         wrong.append(
             not right or any(x[1] > 0.0 or x[2] < 0.0 for k, x in found.items() if k > "1")
         )
     assert np.mean(wrong) < 0.06
-    samples = {"a": {"": rng.normal(size=9), "1": rng.normal(size=4)}}
-    expected = stats.ttest_ind(*samples["a"].values()).confidence_interval()
-    np.testing.assert_allclose(plot.comparisons(samples, "")["1"][1:3], expected)
+    one = {"a": {"": draw(4, 0.0), "1": draw(4, 0.0)}}
+    expected = stats.ttest_rel(*(list(x.values()) for x in one["a"].values())).confidence_interval()
+    np.testing.assert_allclose(plot.comparisons(one, "")["1"][1:3], expected)
 
 
 SEEN = {}  # detail: weights after a short training
