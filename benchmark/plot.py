@@ -361,55 +361,49 @@ def paper(folder: Path) -> list[str]:
     return short
 
 
-def comparisons(samples: dict[str, dict[str, dict]], control: str) -> dict[str, tuple]:
-    """How far the control is above each arm: mean over tasks, low and high; and that by task.
+def comparisons(samples: dict[str, dict[str, np.ndarray]], control: str) -> dict[str, tuple]:
+    """How much the control's mean is above that of each arm, by arm: mean over tasks, low, high.
 
-    `samples` has the score by task, arm and seed. In a task it is that of the arm plus that of the
-    seed plus noise: seeds are blocks, since one that starts well with one arm does so with others.
-    The intervals hold for all arms at once with 95 % (Bonferroni).
+    The intervals hold for all arms at once with 95 % (Bonferroni). A task's spread is pooled over
+    its arms, since three runs of one do not tell it. Last come the differences by task.
     """
-    fits, arms = {}, dict.fromkeys(arm for of in samples.values() for arm in of)
-    for task, of in samples.items():
-        cells = [(arm, seed, score) for arm, x in of.items() for seed, score in x.items()]
-        columns = [*of, *sorted({seed for _, seed, _ in cells})[1:]]
-        design = np.array([[column in cell[:2] for column in columns] for cell in cells], float)
-        scores = np.array([score for *_, score in cells])
-        effects, _, rank, _ = np.linalg.lstsq(design, scores, rcond=None)
-        freedom = len(cells) - rank
-        variance = np.square(scores - design @ effects).sum() / freedom
-        fits[task] = columns, effects, variance * np.linalg.pinv(design.T @ design), freedom
+    arms = dict.fromkeys(arm for of in samples.values() for arm in of if arm != control)
+    freedoms = {task: sum(len(x) - 1 for x in of.values()) for task, of in samples.items()}
+    variances = {
+        task: sum(len(x) * x.var() for x in of.values()) / freedoms[task]
+        for task, of in samples.items()
+    }
     found = {}
-    for arm in [arm for arm in arms if arm != control]:
-        gaps, parts, freedoms = {}, [], []
-        for task in [task for task, of in samples.items() if arm in of]:
-            columns, effects, covariance, freedom = fits[task]
-            contrast = np.array([(x == control) - float(x == arm) for x in columns])
-            gaps[task] = contrast @ effects
-            parts.append(contrast @ covariance @ contrast)
-            freedoms.append(freedom)
-        parts = np.array(parts) / len(gaps) ** 2
-        freedom = parts.sum() ** 2 / sum(parts**2 / freedoms)  # Satterthwaite
-        half = stats.t.ppf(1.0 - 0.025 / (len(arms) - 1), freedom) * parts.sum() ** 0.5
+    for arm in arms:
+        pairs = {task: (of[control], of[arm]) for task, of in samples.items() if arm in of}
+        gaps = {task: a.mean() - b.mean() for task, (a, b) in pairs.items()}
+        parts = [variances[task] * (1 / len(a) + 1 / len(b)) for task, (a, b) in pairs.items()]
+        parts = np.array(parts) / len(pairs) ** 2
+        freedom = parts.sum() ** 2 / sum(parts**2 / [freedoms[task] for task in pairs])
+        half = stats.t.ppf(1.0 - 0.025 / len(arms), freedom) * parts.sum() ** 0.5
         mean = np.mean(list(gaps.values()))
         found[arm] = mean, mean - half, mean + half, gaps
     return found
 
 
-def runs_without_details(folder: Path) -> dict[str, dict[str, dict[int, float]]]:
-    """Final returns by task, detail ("" is none) and seed, where there are at least three."""
-    runs = {f"{task}-v5": {"": {}} for task in DETAIL_TASKS}
-    for study in ("mujoco", "rewritten"):  # the same learning; the newer run of a seed stays
+def runs_without_details(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """By task and detail ("" is none) at least three final returns each, one of each seed.
+
+    Of a run that diverged it is the last one before.
+    """
+    newest = {}  # the scripts learned the same before and after they were rewritten
+    for study in ("mujoco", "rewritten"):
         for (env_id, script), group in load(RESULTS / study).items():
-            if script == "ppo_continuous.py" and env_id in runs:
-                runs[env_id][""] |= final_by_seed(group)
-    for detail in DETAILS:
-        for (env_id, _), group in load(folder / detail).items():
-            runs[env_id] |= {detail: final_by_seed(group)} if len(group) > 2 else {}
+            if script == "ppo_continuous.py":
+                newest |= {(env_id, run["args"]["seed"]): run for run in group}
+    runs = {f"{task}-v5": {} for task in DETAIL_TASKS}
+    for env_id, of in runs.items():
+        of[""] = finals_of([run for (name, _), run in newest.items() if name == env_id])
+        for detail in DETAILS:
+            group = sum(load(folder / detail).values(), [])
+            finals = finals_of([run for run in group if run["args"]["env_id"] == env_id])
+            of |= {detail: finals} if len(finals) > 2 else {}
     return {env_id: of for env_id, of in runs.items() if len(of) > 1}
-
-
-def final_by_seed(group: list[dict]) -> dict[int, float]:
-    return {run["args"]["seed"]: run["final_mean_return"] for run in group}
 
 
 def details(folder: Path) -> list[str]:
@@ -420,10 +414,8 @@ def details(folder: Path) -> list[str]:
     runs = runs_without_details(folder)
     random = load(RESULTS / "paper" / "random") | load(folder / "random")
     floor = {env_id: finals_of(group).mean() for (env_id, _), group in random.items()}
-    scores = {}
-    for task, of in runs.items():
-        unit = max(max(x.values()) for x in of.values()) - floor[task]
-        scores[task] = {arm: {seed: x[seed] / unit for seed in x} for arm, x in of.items()}
+    units = {task: max(x.max() for x in of.values()) - floor[task] for task, of in runs.items()}
+    scores = {task: {arm: x / units[task] for arm, x in of.items()} for task, of in runs.items()}
     found = comparisons(scores, "")
     names = [task.removesuffix("-v5") for task in runs]
     rows = [f"| # | without it | worth | 95 % | verdict | {' | '.join(names)} |"]
@@ -443,8 +435,7 @@ def details(folder: Path) -> list[str]:
         for task, of in runs.items():
             if arm in of:
                 instead = DETAILS[arm].instead if arm else "nothing: the defaults"
-                each, mean = per_seed(np.array([*of[arm].values()]), 0)
-                seeds.append(f"| {instead} | {task} | {each} | {mean} |")
+                seeds.append(f"| {instead} | {task} | {' | '.join(per_seed(of[arm], 0))} |")
     if order:
         figure, axis = plt.subplots(figsize=(WIDTH, 0.27 * len(order) + 1.0))
         for row, detail in enumerate(order):

@@ -246,13 +246,15 @@ def execute(run: Run, threads: int, baseline: str, cleanrl: Path) -> None:
         RUNNING.add(process)
     _, errors = process.communicate()
     RUNNING.discard(process)
-    if process.returncode:
+    diverged = "became NaN" in errors  # a result as well: that of the episodes before
+    if process.returncode and not diverged:
         raise RuntimeError(f"{command}\n{errors}")
     if run.script == CLEANRL_SCRIPT:
         summary = summarize(command, episodes_in_tensorboard(run_dir), about)
     else:
         about = {"script": run.script, "processes": run.processes}
         about |= json.loads((run_dir / "args.json").read_text())
+        about |= {"diverged": errors.strip()} if diverged else {}
         summary = summarize(command, episodes_in_csv(run_dir), about)
     write(run, summary, threads)
 

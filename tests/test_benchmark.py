@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import envs
@@ -45,6 +44,7 @@ args = {"env_id": "Task-v5", "total_timesteps": 1500}
 (run / "args.json").write_text(json.dumps({"args": args, "versions": "torch 1", "git": "abc"}))
 rows = [f"{10 * i},{1e9 + i},{0 if i <= 50 else 1 + 2 * (i % 2)},10" for i in range(1, 151)]
 (run / "episodes.csv").write_text("\\n".join(["global_step,wall_time,return,length", *rows]))
+sys.exit("--seed 2" in " ".join(sys.argv) and "error: it became NaN")
 """
 DOCS = "a\n<!-- results, made -->\nold\n<!-- end -->\nb\n<!-- objectives -->\n<!-- end -->\nc\n"
 
@@ -81,6 +81,7 @@ def test_a_study_from_its_runs_to_its_picture(project, monkeypatch):
         assert (summary["global_step"], summary["wall_time"]) == (1500, 149.0)
         assert summary["curve"][0] == [10, 0.0] and len(summary["curve"]) == 150
         assert summary["processor"] == speed.processor()
+        assert summary.get("diverged") == (None, "error: it became NaN")[seed - 1]
     row = "small", "Task-v5", "ppo_fake.py", "defaults", "7", ""
     monkeypatch.setattr(plot, "DOCS_ROWS", (row,))
     plot.main()
@@ -142,29 +143,24 @@ def test_95_percent_intervals_contain_the_truth_that_often(draw):
     np.testing.assert_allclose(ours[1:], scipys.confidence_interval())
 
 
-def runs_of_seeds(rng, luck, n, modes):
-    return dict(enumerate(luck[:n] + modes * (rng.random(n) < 0.3) + rng.normal(0.0, 0.3, n)))
-
-
 def test_details_without_effect_are_seldom_seen():
     """Three runs of each; on one task, as on HalfCheetah, most seeds end low, some much higher."""
     rng, wrong = np.random.default_rng(1), []
     for _ in range(1000):
-        luck = rng.normal(size=10)  # of a seed, whatever the arm
-        draw = partial(runs_of_seeds, rng, luck)
-        samples = {"a": {"": draw(10, 1.0)} | {name: draw(3, 1.0) for name in "123456789"}}
-        samples["b"] = {"": draw(5, 0.0)} | {name: draw(3, 0.0) for name in "1234"}
-        samples["b"]["1"] = {seed: x - 2.0 for seed, x in samples["b"]["1"].items()}
+        draw = lambda n: (rng.random(n) < 0.3) + rng.normal(0.0, 0.1, n)  # noqa: E731
+        samples = {"a": {"": draw(10)} | {name: draw(3) for name in "123456789"}}
+        samples["b"] = {"": rng.normal(size=5)} | {name: rng.normal(size=3) for name in "1234"}
+        samples["b"]["1"] = samples["b"]["1"] - 2.0  # which is worth 2 there, so 1 on average
         found = plot.comparisons(samples, "")
         assert found.keys() == {*"123456789"}
-        right = found["1"][1] < 1.0 < found["1"][2]  # worth 2 in one of two tasks
+        right = found["1"][1] < 1.0 < found["1"][2]
         wrong.append(
             not right or any(x[1] > 0.0 or x[2] < 0.0 for k, x in found.items() if k > "1")
         )
     assert np.mean(wrong) < 0.06
-    one = {"a": {"": draw(4, 0.0), "1": draw(4, 0.0)}}
-    expected = stats.ttest_rel(*(list(x.values()) for x in one["a"].values())).confidence_interval()
-    np.testing.assert_allclose(plot.comparisons(one, "")["1"][1:3], expected)
+    samples = {"a": {"": rng.normal(size=9), "1": rng.normal(size=4)}}
+    expected = stats.ttest_ind(*samples["a"].values()).confidence_interval()
+    np.testing.assert_allclose(plot.comparisons(samples, "")["1"][1:3], expected)
 
 
 SEEN = {}  # detail: weights after a short training
