@@ -431,6 +431,8 @@ def details(folder: Path) -> list[str]:
         ]
         cells = [f"{worth:.2f}", f"{low:.2f} to {high:.2f}", verdict(low, high), *each]
         rows.append(f"| {number} | {instead} | {' | '.join(cells)} |")
+    p = [f"{task}: p = {stats.f_oneway(*of.values()).pvalue:.2f}" for task, of in runs.items()]
+    rows += ["", f"Do the rows differ at all? Analysis of variance, {', '.join(p)}."]
     for arm in ["", *order]:
         for task, of in runs.items():
             if arm in of:
