@@ -140,7 +140,7 @@ def make_env(env_id, **options):  # an id or a spec; to train and to play in
     require(fits and flatdim(obs) * flatdim(actions) > 0, f"{wanted}, not {obs}, {actions}")
     if multiprocessing.current_process().daemon:  # of --async-envs: Ctrl-C is for the main process
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return Vectors(gym.wrappers.PassiveEnvChecker(env))  # not in gym.make: it only asserts
+    return Vectors(gym.wrappers.PassiveEnvChecker(env))  # only now: it asserts what is refused
 
 
 def to_space(actions, space):  # (N, *act); clips for the environment, the learner keeps its own
@@ -159,7 +159,7 @@ class Envs:  # N environments stepped together; where one ends, it begins again 
         self.envs = vectorize([lambda: make_env(spec)] * n, copy=False, autoreset_mode="SameStep")
         seeds = np.random.SeedSequence(seed).generate_state(args.num_envs)[RANK * n :][:n]
         self.seeds = seeds.tolist()  # of this process
-        self.returns, self.discounted_returns, self.lengths = np.zeros((3, n))  # of those under way
+        self.returns, self.discounted_returns, self.lengths = np.zeros((3, n))  # of open episodes
         self.return_stats = np.zeros(3)  # number, sum, sum of squares of all discounted returns
         self.finished = []  # (global_step, environment, return, length) of each episode
         self.global_step = 0  # steps of all environments in all processes
@@ -204,7 +204,7 @@ class Envs:  # N environments stepped together; where one ends, it begins again 
             count, total, squares = self.return_stats
             variance = max(squares / count - (total / count) ** 2, 0.0)
             scaled[t] = rewards[t] / (variance + 1e-8) ** 0.5
-        average(torch.from_numpy(self.return_stats))  # over processes; it is a view
+        average(torch.from_numpy(self.return_stats))  # over processes, in place: a view
         return scaled.clip(-10.0, 10.0)
 
 
@@ -305,7 +305,7 @@ def collect_rollout(agent, envs, obs, args):
         obs = torch.from_numpy(steps[t].obs).to(obs.device)
     stacked = Step(*map(np.stack, zip(*steps)))  # (T, N, …) each
     rewards = envs.scale_rewards(stacked.rewards, stacked.dones, args.gamma)
-    arrays = rewards, stacked.terminations, stacked.dones, stacked.final_obs  # to be as obs:
+    arrays = rewards, stacked.terminations, stacked.dones, stacked.final_obs  # to dtype of obs
     rewards, terminations, dones, final_obs = (torch.from_numpy(x).to(obs) for x in arrays)
     all_obs, actions = torch.stack(all_obs), torch.stack(all_actions)
     if agent.fast_policy != agent.policy:  # checked after each rollout until it disagrees
