@@ -208,8 +208,9 @@ class Agent(nn.Module):
         return self(obs)[1]
 
     def forward(self, obs):  # uint8 (M, *obs) -> π(·|s), V(s) (M,)
+        # channels last is faster on CPUs; mps was never tried
         layout = torch.contiguous_format if obs.device.type == "mps" else torch.channels_last
-        x = (obs.to(self.dtype) / 255.0).contiguous(memory_format=layout)  # the faster
+        x = (obs.to(self.dtype) / 255.0).contiguous(memory_format=layout)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             hidden = self.network(x)
             value_hidden = hidden if self.value_network is None else self.value_network(x)
@@ -253,7 +254,8 @@ def collect_rollout(agent, envs, obs, args, act=Agent.act):
     acted, ends, final_values = [], [], {}
     for t in range(args.num_steps):
         all_obs[t] = obs
-        acted.append([x.clone() for x in act(agent, all_obs[t], noise[t])])  # graphs reuse them
+        # copies, since a CUDA graph writes its next outputs over these
+        acted.append([x.clone() for x in act(agent, all_obs[t], noise[t])])
         step = envs.step(acted[t][0].cpu().numpy())
         ends.append((step.rewards, step.terminations, step.dones))
         if (step.dones & ~step.terminations).any():  # a time limit is no end of the task [TIME]
@@ -684,7 +686,8 @@ def game_options(env_id):  # what an id says, as arguments of AtariVectorEnv, or
     require(not odd, f"--env-id {env_id}: ppo_atari.py cannot do {odd}")
     options |= {k: v for k, v in spec.kwargs.items() if k in options}
     skip, limit = options["frameskip"], options["max_num_frames_per_episode"] or 108_000
-    if skip == 1 or isinstance(skip, tuple):  # 4, as usual; this one had 3
+    # left to the agent or to chance: 4, as usual, but gym's SpaceInvadersDeterministic had 3
+    if skip == 1 or isinstance(skip, tuple):
         options["frameskip"] = 3 if dropped and game == "space_invaders" else 4
     if spec.max_episode_steps is not None:
         limit = min(limit, spec.max_episode_steps * (1 if skip == 1 else options["frameskip"]))

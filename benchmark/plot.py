@@ -389,7 +389,7 @@ def comparisons(samples: dict[str, dict[str, np.ndarray]], control: str) -> dict
 def runs_without_details(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     """By task and detail ("" is none) at least three final returns each, one of each seed.
 
-    Of a run that diverged it is the last one before.
+    Of a run that diverged it is the mean return before that.
     """
     newest = {}  # the scripts learned the same before and after they were rewritten
     for study in ("mujoco", "rewritten"):
