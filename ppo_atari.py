@@ -85,12 +85,13 @@ class Args:
     vf_coef: NonNegativeFloat = 0.5  # weight of the value loss; 0.5 to 1
     max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this norm; 0.5 to 5
     target_kl: PositiveFloat | None = None  # no more epochs beyond this approx_kl; 0.01 to 0.05
+    channels: PositiveInt = 32  # of the first convolution, other layers in proportion; 16 or 32
+    shared_network: bool = True  # one network for policy and value, or one for each
     # the machine
     device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto is cuda where there is one, else cpu
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: bf16 where it is fast
     compile: bool = True  # torch.compile, and CUDA graphs on a GPU
     torch_deterministic: bool = True  # only repeatable cuDNN algorithms
-    shared_network: bool = True  # one network for policy and value, or one for each
     # what is kept and shown
     checkpoint_interval: NonNegativeFloat = 5.0  # minutes; there is always one at the end
     track: bool = False  # also log to Weights & Biases, offline where nobody is logged in
@@ -182,27 +183,30 @@ def init(layer, gain=2**0.5):  # orthogonal weights and zero biases [37]
     return layer
 
 
-def nature_cnn(observation_space):  # (M, 4, 84, 84) -> (M, 512)
-    """The convolutional network of [DQN]."""
-    channels, *_ = observation_space.shape
-    layers = [init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU()]  # (M, 32, 20, 20)
-    layers += [init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU()]  # (M, 64, 9, 9)
-    layers += [init(nn.Conv2d(64, 64, 3)), nn.ReLU(), nn.Flatten()]  # (M, 64 * 7 * 7)
+def nature_cnn(observation_space, c=32):  # (M, 4, 84, 84) -> (M, 16c)
+    """The convolutional network of [DQN], where c is 32."""
+    frames, *_ = observation_space.shape
+    layers = [init(nn.Conv2d(frames, c, 8, stride=4)), nn.ReLU()]  # (M, c, 20, 20)
+    layers += [init(nn.Conv2d(c, 2 * c, 4, stride=2)), nn.ReLU()]  # (M, 2c, 9, 9)
+    layers += [init(nn.Conv2d(2 * c, 2 * c, 3)), nn.ReLU(), nn.Flatten()]  # (M, 2c * 7 * 7)
     with torch.no_grad():
         size = nn.Sequential(*layers)(torch.zeros(1, *observation_space.shape)).shape[1]
-    return nn.Sequential(*layers, init(nn.Linear(size, 512)), nn.ReLU())
+    return nn.Sequential(*layers, init(nn.Linear(size, 16 * c)), nn.ReLU())
 
 
 class Agent(nn.Module):
     """Policy and value function: two heads on one convolutional network, or on one each."""
 
-    def __init__(self, observation_space, action_space, shared_network=True, bf16=False):
+    def __init__(
+        self, observation_space, action_space, channels=32, shared_network=True, bf16=False
+    ):
         super().__init__()
         self.dtype = torch.bfloat16 if bf16 else torch.float32  # of convolutions; weights stay fp32
-        self.network = nature_cnn(observation_space)
-        self.value_network = None if shared_network else nature_cnn(observation_space)
-        self.actor = init(nn.Linear(512, int(action_space.n)), gain=0.01)  # nearly uniform at first
-        self.critic = init(nn.Linear(512, 1), gain=1.0)
+        self.network = nature_cnn(observation_space, channels)
+        self.value_network = None if shared_network else nature_cnn(observation_space, channels)
+        features, actions = 16 * channels, int(action_space.n)
+        self.actor = init(nn.Linear(features, actions), gain=0.01)  # nearly uniform at first
+        self.critic = init(nn.Linear(features, 1), gain=1.0)
 
     def value(self, obs):  # (M, *obs) -> V(s) (M,)
         return self(obs)[1]
@@ -358,7 +362,8 @@ def train(args):
     envs = Envs(args, [args.seed, checkpoint["global_step"] if checkpoint else 0])
     with closing(envs):
         spaces = envs.observation_space, envs.action_space
-        agent = Agent(*spaces, args.shared_network, wants_bf16(args, device)).to(device)
+        bf16 = wants_bf16(args, device)
+        agent = Agent(*spaces, args.channels, args.shared_network, bf16).to(device)
         optimizer = make_optimizer(agent, args)
         act = compiled(Agent.act, args, device)
         get_gradient = compiled(minibatch_gradient, args, device)
@@ -405,7 +410,7 @@ def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside 
     path, env = checkpoint_path(args), make_env(args.env_id)
     checkpoint, spaces = load_checkpoint(path), (env.observation_space, env.action_space)
     env.close()
-    agent = Agent(*spaces, args.shared_network, wants_bf16(args, device))
+    agent = Agent(*spaces, args.channels, args.shared_network, wants_bf16(args, device))
     restore({"agent": agent.state_dict()}, checkpoint)
     name = f"{path.stem}-step-{checkpoint['global_step']}"
     videos = path.parents[1] / "videos" if args.capture_video and not args.render else None

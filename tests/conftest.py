@@ -33,7 +33,7 @@ def small_network():
     """A network for Atari with few parameters: to initialise and to save Nature's takes seconds."""
     import ppo_atari
 
-    def network(_):
+    def network(*_):
         layers = torch.nn.AvgPool2d(28), torch.nn.Flatten(), torch.nn.Linear(36, 512)
         return torch.nn.Sequential(*layers, torch.nn.ReLU())
 

@@ -106,7 +106,8 @@ def test_resuming_goes_on(script, stopped, command, monkeypatch):
 def test_what_does_not_fit(script, stopped, command):
     folder, atari = stopped(script), script is ppo_atari
     before, others = contents(folder), ["Full-v0"] if atari else ["Wide-v0", "Multi-v0"]
-    changes = [["--env-id", other] for other in others] + [["--no-shared-network"]] * atari
+    changes = [["--env-id", other] for other in others]
+    changes += [["--no-shared-network"], ["--channels", "16"]] * atari
     for change in changes:
         for argv in (RESUME, ["--evaluate", "run"])[: len(change)]:
             assert command(script, *argv, *change).refusal

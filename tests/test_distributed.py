@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KL = ppo_kl_penalty
 
 
-def small_network(_):
+def small_network(*_):
     """Nature's takes seconds to initialise and megabytes to save."""
     layers = torch.nn.AvgPool2d(28), torch.nn.Flatten(), torch.nn.Linear(36, 512), torch.nn.ReLU()
     return torch.nn.Sequential(*layers)

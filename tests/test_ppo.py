@@ -451,24 +451,25 @@ def test_a_fresh_agent(case):
     assert isinstance(case.action_space, Discrete) or policy.stddev.eq(1.0).all()
 
 
-def plain_cnn(network, x):
+def plain_cnn(network, x, c):
     *convs, linear = (layer for layer in network if hasattr(layer, "weight"))
-    assert [len(layer.weight) for layer in (*convs, linear)] == [32, 64, 64, 512]
+    assert [len(layer.weight) for layer in (*convs, linear)] == [c, 2 * c, 2 * c, 16 * c]
     for conv, size, stride in zip(convs, (8, 4, 3), (4, 2, 1)):
         assert conv.weight.shape[2:] == (size, size)
         x = nn.functional.conv2d(x, conv.weight, conv.bias, stride).relu()
     return nn.functional.linear(x.flatten(1), linear.weight, linear.bias).relu()
 
 
-@pytest.mark.parametrize("shape, shared, bf16", [((4, 84, 84), 1, 0), ((3, 64, 64), 0, 1)])
-def test_the_networks_of_pictures(shape, shared, bf16):
-    agent, dtypes = ppo_atari.Agent(Box(0, 255, shape, np.uint8), Discrete(6), shared, bf16), []
+@pytest.mark.parametrize("shape, size, bf16", [((4, 84, 84), (32, 1), 0), ((3, 64, 64), (5, 0), 1)])
+def test_the_networks_of_pictures(shape, size, bf16):
+    agent, dtypes = ppo_atari.Agent(Box(0, 255, shape, np.uint8), Discrete(6), *size, bf16), []
+    channels, shared = size
     agent.actor.weight.data *= 100.0
     agent.network.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     obs = torch.randint(256, (9, *shape), dtype=torch.uint8)
     policy, values = agent(obs)
-    hidden = plain_cnn(agent.network, obs / 255.0)
-    value_hidden = hidden if shared else plain_cnn(agent.value_network, obs / 255.0)
+    hidden = plain_cnn(agent.network, obs / 255.0, channels)
+    value_hidden = hidden if shared else plain_cnn(agent.value_network, obs / 255.0, channels)
     tolerance = {"rtol": 0, "atol": 0.03} if bf16 else {}
     close(policy.logits, agent.actor(hidden).log_softmax(-1), **tolerance)
     close(values, agent.critic(value_hidden).squeeze(1), **tolerance)
