@@ -71,7 +71,7 @@ PENDULUM_RECIPE = "--total-timesteps 200000 --gamma 0.95 --learning-rate 1e-3 --
 PONG_RECIPE = "--num-envs 16 --learning-rate 5e-4 --num-minibatches 16 --no-clip-vloss"
 FAST_PONG = (  # README's
     "--total-timesteps 1100000 --target-return 19.5 --channels 16 --num-envs 64 --num-steps 32"
-    " --num-minibatches 16 --learning-rate 1e-3 --gamma 0.97 --ent-coef 0.001 --no-norm-adv"
+    " --num-minibatches 16 --learning-rate 1e-3 --gamma 0.97 --ent-coef 0 --no-norm-adv"
     " --no-clip-vloss"
 )
 
