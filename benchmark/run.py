@@ -69,11 +69,6 @@ CLEANRL_SCRIPT = "cleanrl/ppo_continuous_action.py"
 
 PENDULUM_RECIPE = "--total-timesteps 200000 --gamma 0.95 --learning-rate 1e-3 --no-clip-vloss"
 PONG_RECIPE = "--num-envs 16 --learning-rate 5e-4 --num-minibatches 16 --no-clip-vloss"
-PONG_SOLVED = (
-    "--total-timesteps 1100000 --target-return 19.5 --channels 16 --num-envs 64 --num-steps 32"
-    " --num-minibatches 16 --learning-rate 1e-3 --gamma 0.98 --gae-lambda 0.9 --ent-coef 0"
-    " --no-norm-adv --no-clip-vloss"
-)
 
 # study: (script, environment, number of seeds, flags, and processes of torchrun if several)
 STUDIES = (
@@ -150,7 +145,6 @@ STUDIES = (
         ]
         for name, how in {"bf16": "bf16", "fp32": "fp32", "fp32-eager": "fp32 --no-compile"}.items()
     }
-    | {"pong/solved": [("ppo_atari.py", "PongNoFrameskip-v4", 5, PONG_SOLVED)]}
     | {
         f"torchrun/processes={processes}": [
             ("ppo_continuous.py", "Hopper-v5", 8, "--total-timesteps 300000", processes),
