@@ -86,6 +86,7 @@ class Args:
     max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this norm; 0.5 to 5
     target_kl: PositiveFloat | None = None  # no more epochs beyond this approx_kl; 0.01 to 0.05
     channels: PositiveInt = 32  # of the first convolution, other layers in proportion; 16 or 32
+    background: NonNegativeFloat = 0.0  # grey level that the network sees as 0; Pong's is 87
     shared_network: bool = True  # one network for policy and value, or one for each
     # the machine
     device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto is cuda where there is one, else cpu
@@ -198,9 +199,16 @@ class Agent(nn.Module):
     """Policy and value function: two heads on one convolutional network, or on one each."""
 
     def __init__(
-        self, observation_space, action_space, channels=32, shared_network=True, bf16=False
+        self,
+        observation_space,
+        action_space,
+        channels=32,
+        background=0.0,
+        shared_network=True,
+        bf16=False,
     ):
         super().__init__()
+        self.background = background
         self.dtype = torch.bfloat16 if bf16 else torch.float32  # of convolutions; weights stay fp32
         self.network = nature_cnn(observation_space, channels)
         self.value_network = None if shared_network else nature_cnn(observation_space, channels)
@@ -214,7 +222,7 @@ class Agent(nn.Module):
     def forward(self, obs):  # uint8 (M, *obs) -> π(·|s), V(s) (M,)
         # channels last is faster on CPUs; mps was never tried
         layout = torch.contiguous_format if obs.device.type == "mps" else torch.channels_last
-        x = (obs.to(self.dtype) / 255.0).contiguous(memory_format=layout)
+        x = ((obs.to(self.dtype) - self.background) / 255.0).contiguous(memory_format=layout)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             hidden = self.network(x)
             value_hidden = hidden if self.value_network is None else self.value_network(x)
@@ -363,7 +371,7 @@ def train(args):
     with closing(envs):
         spaces = envs.observation_space, envs.action_space
         bf16 = wants_bf16(args, device)
-        agent = Agent(*spaces, args.channels, args.shared_network, bf16).to(device)
+        agent = Agent(*spaces, args.channels, args.background, args.shared_network, bf16).to(device)
         optimizer = make_optimizer(agent, args)
         act = compiled(Agent.act, args, device)
         get_gradient = compiled(minibatch_gradient, args, device)
@@ -410,7 +418,8 @@ def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside 
     path, env = checkpoint_path(args), make_env(args.env_id)
     checkpoint, spaces = load_checkpoint(path), (env.observation_space, env.action_space)
     env.close()
-    agent = Agent(*spaces, args.channels, args.shared_network, wants_bf16(args, device))
+    bf16 = wants_bf16(args, device)
+    agent = Agent(*spaces, args.channels, args.background, args.shared_network, bf16)
     restore({"agent": agent.state_dict()}, checkpoint)
     name = f"{path.stem}-step-{checkpoint['global_step']}"
     videos = path.parents[1] / "videos" if args.capture_video and not args.render else None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fakes import ENVS, SCRIPTS, VECTOR_SCRIPTS, Walk, over_scripts, scalars, tiny
 
+import ppo_atari
 import ppo_continuous
 import ppo_kl_penalty
 
@@ -125,3 +126,13 @@ def test_videos_of_a_training(here, monkeypatch):
     videos = {path.name.partition("-episode")[0] for path in here.glob("runs/with/videos/*.mp4")}
     assert videos == {"step-16", "step-32"} and not (here / "runs/without/videos").exists()
     assert {16, 32} == {step for step, _ in scalars(here / "runs/with")["charts/eval_return"]}
+
+
+def test_the_background_is_the_same_in_training_and_evaluation(monkeypatch, here):
+    seen, noted = [], lambda self, obs: seen.append(self.background) or forward(self, obs)
+    forward, args = ppo_atari.Agent.forward, tiny(ppo_atari, background=87.0, env_id="Short-v0")
+    monkeypatch.setattr(ppo_atari.Agent, "forward", noted)
+    for play in (lambda: ppo_atari.train(args), lambda: ppo_atari.evaluate_checkpoint(args)):
+        seen.clear()
+        play()
+        assert {*seen} == {87.0}

@@ -460,16 +460,19 @@ def plain_cnn(network, x, c):
     return nn.functional.linear(x.flatten(1), linear.weight, linear.bias).relu()
 
 
-@pytest.mark.parametrize("shape, size, bf16", [((4, 84, 84), (32, 1), 0), ((3, 64, 64), (5, 0), 1)])
+@pytest.mark.parametrize(
+    "shape, size, bf16", [((4, 84, 84), (32, 0.0, 1), 0), ((3, 64, 64), (5, 87.0, 0), 1)]
+)
 def test_the_networks_of_pictures(shape, size, bf16):
     agent, dtypes = ppo_atari.Agent(Box(0, 255, shape, np.uint8), Discrete(6), *size, bf16), []
-    channels, shared = size
+    channels, background, shared = size
     agent.actor.weight.data *= 100.0
     agent.network.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     obs = torch.randint(256, (9, *shape), dtype=torch.uint8)
     policy, values = agent(obs)
-    hidden = plain_cnn(agent.network, obs / 255.0, channels)
-    value_hidden = hidden if shared else plain_cnn(agent.value_network, obs / 255.0, channels)
+    x = (obs - background) / 255.0
+    hidden = plain_cnn(agent.network, x, channels)
+    value_hidden = hidden if shared else plain_cnn(agent.value_network, x, channels)
     tolerance = {"rtol": 0, "atol": 0.03} if bf16 else {}
     close(policy.logits, agent.actor(hidden).log_softmax(-1), **tolerance)
     close(values, agent.critic(value_hidden).squeeze(1), **tolerance)
