@@ -68,6 +68,11 @@ def paper_study(objective: str, flags: str, seeds: int, tasks=PAPER_TASKS) -> li
 CLEANRL_SCRIPT = "cleanrl/ppo_continuous_action.py"
 
 PENDULUM_RECIPE = "--total-timesteps 200000 --gamma 0.95 --learning-rate 1e-3 --no-clip-vloss"
+PONG_SOLVED = (
+    "--background 87 --total-timesteps 1100000 --target-return 19.5 --num-envs 16"
+    " --num-minibatches 8 --update-epochs 8 --target-kl 0.015 --learning-rate 1e-3 --gamma 0.98"
+    " --gae-lambda 0.9 --ent-coef 0.001 --no-norm-adv --no-clip-vloss"
+)
 PONG_RECIPE = "--num-envs 16 --learning-rate 5e-4 --num-minibatches 16 --no-clip-vloss"
 
 # study: (script, environment, number of seeds, flags, and processes of torchrun if several)
@@ -133,6 +138,9 @@ STUDIES = (
             )
         ]
         for name, detail in ATARI_DETAILS.items()
+    }
+    | {
+        "pong/solved": [("ppo_atari.py", "PongNoFrameskip-v4", 5, PONG_SOLVED)],
     }
     | {
         f"pong/{name}": [
@@ -316,8 +324,8 @@ def summarize(
     `wall_time` is from the end of the first episode to that of the last one, pauses included.
     """
     steps, times, returns = zip(*episodes, strict=True)
-    curve = []
-    for i in range(0, len(episodes), max(1, len(episodes) // points)):
+    curve, every = [], max(1, len(episodes) // points)
+    for i in [*range(0, len(episodes) - 1, every), len(episodes) - 1]:
         last = returns[max(0, i - 99) : i + 1]
         curve.append([steps[i], round(sum(last) / len(last), 3)])
     return {
