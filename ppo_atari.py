@@ -86,7 +86,7 @@ class Args:
     max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this norm; 0.5 to 5
     target_kl: PositiveFloat | None = None  # no more epochs beyond this approx_kl; 0.01 to 0.05
     channels: PositiveInt = 32  # of the first convolution, other layers in proportion; 16 or 32
-    background: NonNegativeFloat = 0.0  # grey level that the network sees as 0; Pong's is 87
+    background: NonNegativeFloat = 0.0  # grey level subtracted from pictures; 87 in Pong
     shared_network: bool = True  # one network for policy and value, or one for each
     # the machine
     device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto is cuda where there is one, else cpu
@@ -203,9 +203,9 @@ class Agent(nn.Module):
         observation_space,
         action_space,
         channels=32,
-        background=0.0,
         shared_network=True,
         bf16=False,
+        background=0.0,
     ):
         super().__init__()
         self.background = background
@@ -371,7 +371,7 @@ def train(args):
     with closing(envs):
         spaces = envs.observation_space, envs.action_space
         bf16 = wants_bf16(args, device)
-        agent = Agent(*spaces, args.channels, args.background, args.shared_network, bf16).to(device)
+        agent = Agent(*spaces, args.channels, args.shared_network, bf16, args.background).to(device)
         optimizer = make_optimizer(agent, args)
         act = compiled(Agent.act, args, device)
         get_gradient = compiled(minibatch_gradient, args, device)
@@ -419,7 +419,7 @@ def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside 
     checkpoint, spaces = load_checkpoint(path), (env.observation_space, env.action_space)
     env.close()
     bf16 = wants_bf16(args, device)
-    agent = Agent(*spaces, args.channels, args.background, args.shared_network, bf16)
+    agent = Agent(*spaces, args.channels, args.shared_network, bf16, args.background)
     restore({"agent": agent.state_dict()}, checkpoint)
     name = f"{path.stem}-step-{checkpoint['global_step']}"
     videos = path.parents[1] / "videos" if args.capture_video and not args.render else None

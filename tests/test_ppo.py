@@ -461,11 +461,11 @@ def plain_cnn(network, x, c):
 
 
 @pytest.mark.parametrize(
-    "shape, size, bf16", [((4, 84, 84), (32, 0.0, 1), 0), ((3, 64, 64), (5, 87.0, 0), 1)]
+    "shape, options", [((4, 84, 84), (32, 1, 0, 0.0)), ((3, 64, 64), (5, 0, 1, 87.0))]
 )
-def test_the_networks_of_pictures(shape, size, bf16):
-    agent, dtypes = ppo_atari.Agent(Box(0, 255, shape, np.uint8), Discrete(6), *size, bf16), []
-    channels, background, shared = size
+def test_the_networks_of_pictures(shape, options):
+    agent, dtypes = ppo_atari.Agent(Box(0, 255, shape, np.uint8), Discrete(6), *options), []
+    channels, shared, bf16, background = options
     agent.actor.weight.data *= 100.0
     agent.network.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     obs = torch.randint(256, (9, *shape), dtype=torch.uint8)
