@@ -24,6 +24,7 @@ for folder in sorted(Path("runs").glob("gpu-*compile")):
     losses = [f"{point.value:.5f}" for point in log.Scalars("losses/policy_loss")[:3]]
     print(f"| {folder.name} | {log.Scalars('charts/SPS')[-1].value:.0f} | {', '.join(losses)} |")
 END
-time python ppo_atari.py --env-id PongNoFrameskip-v4 --device cuda --total-timesteps 1500160 \
-    --num-envs 16 --learning-rate 5e-4 --num-minibatches 16 --no-clip-vloss --target-return 19.5 \
-    --run-name gpu-pong
+time python ppo_atari.py --env-id PongNoFrameskip-v4 --device cuda --total-timesteps 1100000 \
+    --background 87 --num-envs 16 --num-minibatches 8 --update-epochs 8 --target-kl 0.015 \
+    --learning-rate 1e-3 --gamma 0.98 --gae-lambda 0.9 --ent-coef 0.001 --no-norm-adv \
+    --no-clip-vloss --target-return 19.5 --run-name gpu-pong
