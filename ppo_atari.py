@@ -18,7 +18,7 @@
     TRAINING      the loop
     PLUMBING      evaluation, checkpoints, logging, torchrun, speed, command line
 
-T steps in each of N environments make a batch of B = T·N transitions, a minibatch has M of them.
+T steps in each of N environments make a batch of B = T·N transitions; a minibatch has M of them.
 
 [PPO]  Schulman et al. 2017, Proximal Policy Optimization, https://arxiv.org/abs/1707.06347
 [GAE]  Schulman et al. 2016, Generalized Advantage Estimation, https://arxiv.org/abs/1506.02438
@@ -80,11 +80,11 @@ class Args:
     update_epochs: PositiveInt = 4  # passes over each batch; 3 to 10
     norm_adv: bool = True  # bring the advantages of a minibatch to mean 0, standard deviation 1
     clip_coef: NonNegativeFloat = 0.1  # ε, how far the probability ratio may move; 0.1 to 0.3
-    clip_vloss: bool = True  # also keep the value within ±ε of the old one
+    clip_vloss: bool = True  # also clip the value, to ±ε around the old one
     ent_coef: NonNegativeFloat = 0.01  # weight of the entropy bonus; 0 to 0.01
     vf_coef: NonNegativeFloat = 0.5  # weight of the value loss; 0.5 to 1
     max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this norm; 0.5 to 5
-    target_kl: PositiveFloat | None = None  # no more epochs beyond this approx_kl; 0.01 to 0.05
+    target_kl: PositiveFloat | None = None  # an approx_kl above this ends the epochs; 0.01 to 0.05
     channels: PositiveInt = 32  # of the first convolution, other layers in proportion; 16 or 32
     background: NonNegativeFloat = 0.0  # grey level subtracted from pictures; 87 in Pong
     shared_network: bool = True  # one network for policy and value, or one for each

@@ -18,7 +18,7 @@
     TRAINING      the loop
     PLUMBING      evaluation, checkpoints, logging, torchrun, speed, command line
 
-T steps in each of N environments make a batch of B = T·N transitions, a minibatch has M of them.
+T steps in each of N environments make a batch of B = T·N transitions; a minibatch has M of them.
 
 [PPO]  Schulman et al. 2017, Proximal Policy Optimization, https://arxiv.org/abs/1707.06347
 [GAE]  Schulman et al. 2016, Generalized Advantage Estimation, https://arxiv.org/abs/1506.02438
