@@ -144,7 +144,7 @@ class Envs:
     Rewards become their sign, and a lost life is terminal to the learner; game and score go on.
     """
 
-    def __init__(self, args, seed):
+    def __init__(self, args, seed):  # seed and step: a resumed run plays other episodes
         n, cores = args.num_envs // WORLD_SIZE, (os.cpu_count() or 1) // WORLD_SIZE
         options = game_options(args.env_id) | {"num_threads": max(1, min(n, cores))}
         options |= {"autoreset_mode": "SameStep", "life_loss_info": True, "reward_clipping": False}
@@ -186,13 +186,11 @@ def init(layer, gain=2**0.5):  # orthogonal weights and zero biases [37]
 
 def nature_cnn(observation_space, c=32):  # (M, 4, 84, 84) -> (M, 16c)
     """The convolutional network of [DQN], where c is 32."""
-    frames, *_ = observation_space.shape
+    frames = observation_space.shape[0]
     layers = [init(nn.Conv2d(frames, c, 8, stride=4)), nn.ReLU()]  # (M, c, 20, 20)
     layers += [init(nn.Conv2d(c, 2 * c, 4, stride=2)), nn.ReLU()]  # (M, 2c, 9, 9)
     layers += [init(nn.Conv2d(2 * c, 2 * c, 3)), nn.ReLU(), nn.Flatten()]  # (M, 2c * 7 * 7)
-    with torch.no_grad():
-        size = nn.Sequential(*layers)(torch.zeros(1, *observation_space.shape)).shape[1]
-    return nn.Sequential(*layers, init(nn.Linear(size, 16 * c)), nn.ReLU())
+    return nn.Sequential(*layers, init(nn.Linear(2 * c * 7 * 7, 16 * c)), nn.ReLU())
 
 
 class Agent(nn.Module):
@@ -209,7 +207,7 @@ class Agent(nn.Module):
     ):
         super().__init__()
         self.background = background
-        self.dtype = torch.bfloat16 if bf16 else torch.float32  # of convolutions; weights stay fp32
+        self.dtype = torch.bfloat16 if bf16 else torch.float32  # of nature_cnn; weights stay fp32
         self.network = nature_cnn(observation_space, channels)
         self.value_network = None if shared_network else nature_cnn(observation_space, channels)
         features, actions = 16 * channels, int(action_space.n)
@@ -220,7 +218,7 @@ class Agent(nn.Module):
         return self(obs)[1]
 
     def forward(self, obs):  # uint8 (M, *obs) -> π(·|s), V(s) (M,)
-        # channels last is faster on CPUs; mps was never tried
+        # channels last is faster; not tried on mps
         layout = torch.contiguous_format if obs.device.type == "mps" else torch.channels_last
         x = ((obs.to(self.dtype) - self.background) / 255.0).contiguous(memory_format=layout)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
@@ -260,28 +258,28 @@ def collect_rollout(agent, envs, obs, args, act=Agent.act):
     agent.eval()
     (num_envs, *size), device = obs.shape, obs.device
     noise = agent.noise(args.num_steps, num_envs).to(device)
-    shape = args.num_steps * num_envs, *size  # (B, *obs); channels last, as convolutions are faster
+    shape = args.num_steps * num_envs, *size  # (B, *obs); channels last: see Agent.forward
     flat = torch.empty(shape, dtype=obs.dtype, device=device, memory_format=torch.channels_last)
     all_obs = flat.unflatten(0, (args.num_steps, num_envs))
-    acted, ends, final_values = [], [], {}
+    acted, steps, final_values = [], [], {}
     for t in range(args.num_steps):
         all_obs[t] = obs
         # copies, since a CUDA graph writes its next outputs over these
         acted.append([x.clone() for x in act(agent, all_obs[t], noise[t])])
         step = envs.step(acted[t][0].cpu().numpy())
-        ends.append((step.rewards, step.terminations, step.dones))
+        steps.append((step.rewards, step.terminations, step.dones))
         if (step.dones & ~step.terminations).any():  # a time limit is no end of the task [TIME]
             final_values[t] = agent.value(torch.from_numpy(step.final_obs).to(device))
         obs = torch.from_numpy(step.obs).to(device)
     actions, logprobs, values = (torch.stack(x) for x in zip(*acted))
-    ends = torch.from_numpy(np.array(ends, dtype=np.float32)).to(device)  # (T, 3, N)
-    rewards, terminations, dones = ends.unbind(1)
+    steps = torch.from_numpy(np.array(steps, dtype=np.float32)).to(device)  # (T, 3, N)
+    rewards, terminations, dones = steps.unbind(1)
     next_values = torch.cat([values[1:], agent.value(obs)[None]])
-    for t, value in final_values.items():
-        next_values[t] = torch.where(dones[t] > terminations[t], value, next_values[t])  # cut
-    outcome = rewards, values, next_values, terminations, dones  # as in Rollout and compute_gae
-    advantages, returns = compute_gae(*outcome, args.gamma, args.gae_lambda)
-    return Rollout(all_obs, actions, logprobs, *outcome, advantages, returns), obs
+    for t, value in final_values.items():  # only where a time limit cut
+        next_values[t] = torch.where(dones[t] > terminations[t], value, next_values[t])
+    trajectory = rewards, values, next_values, terminations, dones  # in the order of Rollout
+    advantages, returns = compute_gae(*trajectory, args.gamma, args.gae_lambda)
+    return Rollout(all_obs, actions, logprobs, *trajectory, advantages, returns), obs
 
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
@@ -335,8 +333,8 @@ def minibatch_loss(agent, mb: Rollout, args):
 def minibatch_gradient(agent, batch, rows, args):  # one vector, clipped; compiled by train
     loss, metrics = minibatch_loss(agent, Rollout(*(x[rows] for x in batch)), args)
     trained = [p for p in agent.parameters() if p.requires_grad]  # in the order of the vector
-    gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
-    gradient = average(torch.cat([x.flatten() for x in gradients]))
+    gradients = torch.autograd.grad(loss, trained, materialize_grads=True)  # 0 if unused
+    gradient = all_mean(torch.cat([x.flatten() for x in gradients]))
     metrics["losses/grad_norm"] = norm = gradient.norm()
     gradient = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     return gradient, {name: metric.detach() for name, metric in metrics.items()}
@@ -346,16 +344,16 @@ def update(agent, optimizer, rollout: Rollout, args, get_gradient=minibatch_grad
     """Learns from one rollout in epochs of minibatches; returns the means of what is logged."""
     agent.train()
     batch = Rollout(*(x.flatten(0, 1) for x in rollout))  # (B, …)
-    vector, history = optimizer.param_groups[0]["params"][0], []  # the parameters are views of it
+    vector, history = optimizer.param_groups[0]["params"][0], []  # all weights: see make_optimizer
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in order.chunk(args.num_minibatches):
             vector.grad, metrics = get_gradient(agent, batch, rows, args)  # no backward()
             optimizer.step()
             history.append(torch.stack(list(metrics.values())))  # a copy: CUDA graphs reuse outputs
-        if args.target_kl is not None and average(metrics["losses/approx_kl"]) > args.target_kl:
+        if args.target_kl is not None and all_mean(metrics["losses/approx_kl"]) > args.target_kl:
             break  # approx_kl of the last minibatch, as in CleanRL
-    means = dict(zip(metrics, average(torch.stack(history).mean(0)).tolist()))
+    means = dict(zip(metrics, all_mean(torch.stack(history).mean(0)).tolist()))
     unexplained = (batch.returns - batch.values).var() / (batch.returns.var() + 1e-8)
     means["losses/explained_variance"] = 1.0 - unexplained.item()
     return means
@@ -372,7 +370,7 @@ def train(args):
         spaces = envs.observation_space, envs.action_space
         bf16 = wants_bf16(args, device)
         agent = Agent(*spaces, args.channels, args.shared_network, bf16, args.background).to(device)
-        optimizer = make_optimizer(agent, args)
+        optimizer = make_optimizer(agent, args)  # Adam
         act = compiled(Agent.act, args, device)
         get_gradient = compiled(minibatch_gradient, args, device)
         with closing(Run(args, checkpoint, agent, optimizer, envs)) as run:  # restores them
@@ -422,7 +420,7 @@ def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside 
     agent = Agent(*spaces, args.channels, args.shared_network, bf16, args.background)
     restore({"agent": agent.state_dict()}, checkpoint)
     name = f"{path.stem}-step-{checkpoint['global_step']}"
-    videos = path.parents[1] / "videos" if args.capture_video and not args.render else None
+    videos = path.parent / "../videos" if args.capture_video and not args.render else None
     returns = evaluate(agent, args, videos, name)
     print(f"{name}: return {np.mean(returns):.2f} ± {np.std(returns):.2f}, {len(returns)} episodes")
     path.with_name("eval.json").write_text(json.dumps({"args": asdict(args), "returns": returns}))
@@ -443,7 +441,7 @@ def load_checkpoint(path):  # as plain data: no file can make torch.load run cod
     return checkpoint
 
 
-def restore(own, saved):  # into `own`: tensors in place, plain values; refuses what does not fit
+def restore(own, saved):  # into `own`, tensors in place; refuses what does not fit
     for name, value in own.items():
         with refusing(f"{name} of the checkpoint does not fit", Exception):
             if isinstance(value, dict):
@@ -561,7 +559,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
                 args, videos = replace(self.args, eval_episodes=1), self.folder / "videos"
                 (eval_return,) = evaluate(self.agent, args, videos, f"step-{step}")
                 self.log(step, {"charts/eval_return": eval_return})
-            except Exception as error:  # no ffmpeg, no EGL: each simulator has its own
+            except Exception as error:  # no ffmpeg, no display, …: training goes on
                 say(f"no video: {error!r}")
 
     def close(self):
@@ -575,7 +573,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
 
 
 # ---- speed and torchrun --------------------------------------------------------------------------
-def average(x):  # over all processes, in place
+def all_mean(x):  # over all processes, in place
     if WORLD_SIZE > 1:
         distributed.all_reduce(x)
         x /= WORLD_SIZE
@@ -695,12 +693,12 @@ def game_options(env_id):  # what an id says, as arguments of AtariVectorEnv, or
     require(plain and game in roms.get_all_rom_ids() and not spec.additional_wrappers, wrong)
     options = {"game": game, "frameskip": 4, "repeat_action_probability": 0.25}  # as in AtariEnv
     options |= {"full_action_space": False, "max_num_frames_per_episode": None}
-    usual = (None, 0, "rgb", "grayscale", 0.5)  # of mode, obs_type, continuous, …: change nothing
+    usual = (None, 0, "rgb", "grayscale", 0.5)  # defaults, of mode, obs_type and the like
     odd = {k: v for k, v in spec.kwargs.items() if k not in options and v not in usual}
     require(not odd, f"--env-id {env_id}: ppo_atari.py cannot do {odd}")
     options |= {k: v for k, v in spec.kwargs.items() if k in options}
     skip, limit = options["frameskip"], options["max_num_frames_per_episode"] or 108_000
-    # left to the agent or to chance: 4, as usual, but gym's SpaceInvadersDeterministic had 3
+    # 1 or random becomes 4, as usual; in gym's SpaceInvadersDeterministic it was 3
     if skip == 1 or isinstance(skip, tuple):
         options["frameskip"] = 3 if dropped and game == "space_invaders" else 4
     if spec.max_episode_steps is not None:

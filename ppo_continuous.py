@@ -150,7 +150,7 @@ def to_space(actions, space):  # (N, *act); clips for the environment, the learn
 
 
 class Envs:  # N environments stepped together; where one ends, it begins again in the same step
-    def __init__(self, args, seed):
+    def __init__(self, args, seed):  # seed and step: a resumed run plays other episodes
         with closing(make_env(args.env_id)) as env:  # its spec: workers may not know ids
             self.observation_space, self.action_space = env.observation_space, env.action_space
             self.bounded_space, spec = env.env.action_space, gym.spec(env.unwrapped.spec.id)
@@ -204,7 +204,7 @@ class Envs:  # N environments stepped together; where one ends, it begins again 
             count, total, squares = self.return_stats
             variance = max(squares / count - (total / count) ** 2, 0.0)
             scaled[t] = rewards[t] / (variance + 1e-8) ** 0.5
-        average(torch.from_numpy(self.return_stats))  # over processes, in place: a view
+        all_mean(torch.from_numpy(self.return_stats))  # over processes, in place: a view
         return scaled.clip(-10.0, 10.0)
 
 
@@ -224,8 +224,8 @@ class RunningMeanStd(nn.Module):  # normalises by all batches so far, merged as 
 
     @torch.no_grad()
     def update(self, batch):  # (B, size), of this process
-        mean = average(batch.mean(0))
-        var = average((batch - mean).square().mean(0))
+        mean = all_mean(batch.mean(0))
+        var = all_mean((batch - mean).square().mean(0))
         number = len(batch) * WORLD_SIZE
         self.count += number  # in place, as all below: others hold these tensors
         delta, weight = mean - self.mean, number / self.count  # weight of this batch in all
@@ -312,10 +312,10 @@ def collect_rollout(agent, envs, obs, args):
         agent.fast_policy = numpy_policy(agent, all_obs[::4])
     policy, values = agent(all_obs)  # all steps at once: acting needs no values and no log π
     next_values = agent.value(final_obs)  # where a time limit cut, the task went on [TIME]
-    outcome = rewards, values, next_values, terminations, dones  # as in Rollout and compute_gae
-    advantages, returns = compute_gae(*outcome, args.gamma, args.gae_lambda)
+    trajectory = rewards, values, next_values, terminations, dones  # in the order of Rollout
+    advantages, returns = compute_gae(*trajectory, args.gamma, args.gae_lambda)
     logprobs = policy.log_prob(actions)
-    return Rollout(all_obs, actions, logprobs, *outcome, advantages, returns), obs
+    return Rollout(all_obs, actions, logprobs, *trajectory, advantages, returns), obs
 
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
@@ -369,8 +369,8 @@ def minibatch_loss(agent, mb: Rollout, args):
 def minibatch_gradient(agent, batch, rows, args):  # one vector, clipped; compiled by train
     loss, metrics = minibatch_loss(agent, Rollout(*(x[rows] for x in batch)), args)
     trained = [p for p in agent.parameters() if p.requires_grad]  # in the order of the vector
-    gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
-    gradient = average(torch.cat([x.flatten() for x in gradients]))
+    gradients = torch.autograd.grad(loss, trained, materialize_grads=True)  # 0 if unused
+    gradient = all_mean(torch.cat([x.flatten() for x in gradients]))
     metrics["losses/grad_norm"] = norm = gradient.norm()
     gradient = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     return gradient, {name: metric.detach() for name, metric in metrics.items()}
@@ -380,17 +380,17 @@ def update(agent, optimizer, rollout: Rollout, args, get_gradient=minibatch_grad
     """Learns from one rollout in epochs of minibatches; returns the means of what is logged."""
     agent.train()
     batch = Rollout(*(x.flatten(0, 1) for x in rollout))  # (B, …)
-    vector, history = optimizer.param_groups[0]["params"][0], []  # the parameters are views of it
+    vector, history = optimizer.param_groups[0]["params"][0], []  # all weights: see make_optimizer
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in order.chunk(args.num_minibatches):
             vector.grad, metrics = get_gradient(agent, batch, rows, args)  # no backward()
             optimizer.step()
             history.append(torch.stack(list(metrics.values())))  # a copy: CUDA graphs reuse outputs
-        if args.target_kl is not None and average(metrics["losses/approx_kl"]) > args.target_kl:
+        if args.target_kl is not None and all_mean(metrics["losses/approx_kl"]) > args.target_kl:
             break  # approx_kl of the last minibatch, as in CleanRL
     agent.normalize.update(batch.obs)  # not before: π_old and π_θ see the same; at first it is raw
-    means = dict(zip(metrics, average(torch.stack(history).mean(0)).tolist()))
+    means = dict(zip(metrics, all_mean(torch.stack(history).mean(0)).tolist()))
     unexplained = (batch.returns - batch.values).var() / (batch.returns.var() + 1e-8)
     means["losses/explained_variance"] = 1.0 - unexplained.item()
     return means
@@ -405,7 +405,7 @@ def train(args):
     envs = Envs(args, [args.seed, checkpoint["global_step"] if checkpoint else 0])
     with closing(envs):
         agent = Agent(envs.observation_space, envs.action_space).to(device)
-        optimizer = make_optimizer(agent, args)
+        optimizer = make_optimizer(agent, args)  # Adam
         get_gradient = compiled(minibatch_gradient, args, device)
         with closing(Run(args, checkpoint, agent, optimizer, envs)) as run:  # restores them
             obs = torch.from_numpy(envs.reset()).to(device)
@@ -454,7 +454,7 @@ def evaluate_checkpoint(args):  # prints the score, and writes eval.json beside 
     env.close()
     restore({"agent": agent.state_dict()}, checkpoint)
     name = f"{path.stem}-step-{checkpoint['global_step']}"
-    videos = path.parents[1] / "videos" if args.capture_video and not args.render else None
+    videos = path.parent / "../videos" if args.capture_video and not args.render else None
     returns = evaluate(agent, args, videos, name)
     print(f"{name}: return {np.mean(returns):.2f} ± {np.std(returns):.2f}, {len(returns)} episodes")
     path.with_name("eval.json").write_text(json.dumps({"args": asdict(args), "returns": returns}))
@@ -475,7 +475,7 @@ def load_checkpoint(path):  # as plain data: no file can make torch.load run cod
     return checkpoint
 
 
-def restore(own, saved):  # into `own`: tensors in place, plain values; refuses what does not fit
+def restore(own, saved):  # into `own`, tensors in place; refuses what does not fit
     for name, value in own.items():
         with refusing(f"{name} of the checkpoint does not fit", Exception):
             if isinstance(value, dict):
@@ -594,7 +594,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
                 args, videos = replace(self.args, eval_episodes=1), self.folder / "videos"
                 (eval_return,) = evaluate(self.agent, args, videos, f"step-{step}")
                 self.log(step, {"charts/eval_return": eval_return})
-            except Exception as error:  # no ffmpeg, no EGL: each simulator has its own
+            except Exception as error:  # no ffmpeg, no display, …: training goes on
                 say(f"no video: {error!r}")
 
     def close(self):
@@ -608,7 +608,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
 
 
 # ---- speed and torchrun --------------------------------------------------------------------------
-def average(x):  # over all processes, in place
+def all_mean(x):  # over all processes, in place
     if WORLD_SIZE > 1:
         distributed.all_reduce(x)
         x /= WORLD_SIZE

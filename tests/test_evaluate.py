@@ -95,7 +95,10 @@ def test_name_folder_or_file(script, here, play, command):
 def test_videos_of_an_evaluation(here, play, monkeypatch):
     """Of a classic-control environment, which draws with pygame."""
     monkeypatch.setitem(ENVS, ppo_kl_penalty, "CartPole-v1")
-    returns = play(ppo_kl_penalty, "--eval-episodes", 2, "--capture-video")["returns"]
+    play(ppo_kl_penalty)
+    monkeypatch.chdir(here / "runs" / "run" / "checkpoints")  # so that the file has no folder
+    more = "--eval-episodes", 2, "--capture-video"
+    returns = play(ppo_kl_penalty, *more, name="last.pt")["returns"]
     files = sorted((here / "runs" / "run" / "videos").glob("*.mp4"))
     frames = [cv2.VideoCapture(str(file)).get(cv2.CAP_PROP_FRAME_COUNT) for file in files]
     assert frames == [n + 1 for n in returns]  # which are lengths here
