@@ -144,7 +144,7 @@ class Envs:
     Rewards become their sign, and a lost life is terminal to the learner; game and score go on.
     """
 
-    def __init__(self, args, seed):  # seed and step: a resumed run plays other episodes
+    def __init__(self, args, seed):  # seed: [seed, step], so a resumed run plays others
         n, cores = args.num_envs // WORLD_SIZE, (os.cpu_count() or 1) // WORLD_SIZE
         options = game_options(args.env_id) | {"num_threads": max(1, min(n, cores))}
         options |= {"autoreset_mode": "SameStep", "life_loss_info": True, "reward_clipping": False}
@@ -243,7 +243,7 @@ class Rollout(NamedTuple):
     obs: Tensor  # (T, N, *obs)
     actions: Tensor  # (T, N, *act)
     logprobs: Tensor  # (T, N) log π_old(a_t | s_t)
-    rewards: Tensor  # (T, N) as learned from, not as logged
+    rewards: Tensor  # (T, N) learned from; the log has the true ones
     values: Tensor  # (T, N) V(s_t)
     next_values: Tensor  # (T, N) V(s_{t+1}); where a time limit cut, of the last observation
     terminations: Tensor  # (T, N) 1.0 where s_{t+1} is terminal: no value beyond
@@ -373,7 +373,7 @@ def train(args):
         optimizer = make_optimizer(agent, args)  # Adam
         act = compiled(Agent.act, args, device)
         get_gradient = compiled(minibatch_gradient, args, device)
-        with closing(Run(args, checkpoint, agent, optimizer, envs)) as run:  # restores them
+        with closing(Run(args, checkpoint, agent, optimizer, envs)) as run:  # loads checkpoint
             obs = torch.from_numpy(envs.reset()).to(device)
             while run.goes_on():
                 progress = envs.global_step / (args.num_iterations * args.batch_size)
@@ -569,7 +569,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.csv.close()
             self.writer.close()
         if self.wandb:
-            self.wandb.finish(int(any(sys.exc_info())))  # 1 after a failure
+            self.wandb.finish(int(bool(sys.exception())))  # 1 after a failure
 
 
 # ---- speed and torchrun --------------------------------------------------------------------------
@@ -710,7 +710,7 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch.compile may swallow a KeyboardInterrupt
     try:
         args, unknown = tyro.cli(Args, return_unknown_args=True)
-        hint = "of CleanRL's, --cuda is --device, --save-model always on, --x False --no-x"
+        hint = "CleanRL's --cuda is --device, --save-model always on, --x False is --no-x"
         other = "--clip-coef is of ppo_continuous.py, ppo_atari.py, --kl-coef of ppo_kl_penalty.py"
         require(not unknown, f"unknown {unknown}, see --help; {hint}; {other}")
         path, before = checkpoint_path(args), Args()

@@ -109,7 +109,7 @@ class Step(NamedTuple):  # of N environments; where an episode ended, the next o
     rewards: np.ndarray  # (N,)
     terminations: np.ndarray  # (N,) bool: the new state is terminal
     dones: np.ndarray  # (N,) bool: the episode ended, by termination or by time limit
-    final_obs: np.ndarray  # (N, *obs) the true next one: where an episode ended, its last
+    final_obs: np.ndarray  # (N, *obs) s_{t+1}: where an episode ended, its last one
 
 
 class Vectors(gym.Wrapper):  # to float vectors; without bounds, which may differ, and infos
@@ -140,7 +140,7 @@ def make_env(env_id, **options):  # an id or a spec; to train and to play in
     require(fits and flatdim(obs) * flatdim(actions) > 0, f"{wanted}, not {obs}, {actions}")
     if multiprocessing.current_process().daemon:  # of --async-envs: Ctrl-C is for the main process
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return Vectors(gym.wrappers.PassiveEnvChecker(env))  # only now: it asserts what is refused
+    return Vectors(gym.wrappers.PassiveEnvChecker(env))  # after the refusals, which it asserts
 
 
 def to_space(actions, space):  # (N, *act); clips for the environment, the learner keeps its own
@@ -150,7 +150,7 @@ def to_space(actions, space):  # (N, *act); clips for the environment, the learn
 
 
 class Envs:  # N environments stepped together; where one ends, it begins again in the same step
-    def __init__(self, args, seed):  # seed and step: a resumed run plays other episodes
+    def __init__(self, args, seed):  # seed: [seed, step], so a resumed run plays others
         with closing(make_env(args.env_id)) as env:  # its spec: workers may not know ids
             self.observation_space, self.action_space = env.observation_space, env.action_space
             self.bounded_space, spec = env.env.action_space, gym.spec(env.unwrapped.spec.id)
@@ -282,7 +282,7 @@ class Rollout(NamedTuple):
     obs: Tensor  # (T, N, *obs)
     actions: Tensor  # (T, N, *act)
     logprobs: Tensor  # (T, N) log π_old(a_t | s_t)
-    rewards: Tensor  # (T, N) as learned from, not as logged
+    rewards: Tensor  # (T, N) learned from; the log has the true ones
     values: Tensor  # (T, N) V(s_t)
     next_values: Tensor  # (T, N) V(s_{t+1}); where a time limit cut, of the last observation
     terminations: Tensor  # (T, N) 1.0 where s_{t+1} is terminal: no value beyond
@@ -297,10 +297,10 @@ def collect_rollout(agent, envs, obs, args):
     agent.eval()
     noise = agent.noise(args.num_steps, len(obs)).to(obs.device)
     all_obs, all_actions, steps = [], [], []
-    policy = agent.fast_policy or agent.policy  # the same in NumPy, once checked
+    act = agent.fast_policy or agent.policy  # the same in NumPy, once checked
     for t in range(args.num_steps):
         all_obs.append(obs)
-        all_actions.append(agent.sample(*policy(obs), noise[t]))
+        all_actions.append(agent.sample(*act(obs), noise[t]))
         steps.append(envs.step(all_actions[t].cpu().numpy()))
         obs = torch.from_numpy(steps[t].obs).to(obs.device)
     stacked = Step(*map(np.stack, zip(*steps)))  # (T, N, …) each
@@ -389,7 +389,7 @@ def update(agent, optimizer, rollout: Rollout, args, get_gradient=minibatch_grad
             history.append(torch.stack(list(metrics.values())))  # a copy: CUDA graphs reuse outputs
         if args.target_kl is not None and all_mean(metrics["losses/approx_kl"]) > args.target_kl:
             break  # approx_kl of the last minibatch, as in CleanRL
-    agent.normalize.update(batch.obs)  # not before: π_old and π_θ see the same; at first it is raw
+    agent.normalize.update(batch.obs)  # last: π_old and π_θ see the same; the first batch is raw
     means = dict(zip(metrics, all_mean(torch.stack(history).mean(0)).tolist()))
     unexplained = (batch.returns - batch.values).var() / (batch.returns.var() + 1e-8)
     means["losses/explained_variance"] = 1.0 - unexplained.item()
@@ -407,7 +407,7 @@ def train(args):
         agent = Agent(envs.observation_space, envs.action_space).to(device)
         optimizer = make_optimizer(agent, args)  # Adam
         get_gradient = compiled(minibatch_gradient, args, device)
-        with closing(Run(args, checkpoint, agent, optimizer, envs)) as run:  # restores them
+        with closing(Run(args, checkpoint, agent, optimizer, envs)) as run:  # loads checkpoint
             obs = torch.from_numpy(envs.reset()).to(device)
             while run.goes_on():
                 progress = envs.global_step / (args.num_iterations * args.batch_size)
@@ -604,7 +604,7 @@ class Run:  # what is kept of a training: log, checkpoints, signals; only the fi
             self.csv.close()
             self.writer.close()
         if self.wandb:
-            self.wandb.finish(int(any(sys.exc_info())))  # 1 after a failure
+            self.wandb.finish(int(bool(sys.exception())))  # 1 after a failure
 
 
 # ---- speed and torchrun --------------------------------------------------------------------------
@@ -724,7 +724,7 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch.compile may swallow a KeyboardInterrupt
     try:
         args, unknown = tyro.cli(Args, return_unknown_args=True)
-        hint = "of CleanRL's, --cuda is --device, --save-model always on, --x False --no-x"
+        hint = "CleanRL's --cuda is --device, --save-model always on, --x False is --no-x"
         other = "--clip-coef is of ppo_continuous.py, ppo_atari.py, --kl-coef of ppo_kl_penalty.py"
         require(not unknown, f"unknown {unknown}, see --help; {hint}; {other}")
         path, before = checkpoint_path(args), Args()

@@ -100,6 +100,9 @@ def test_resuming_goes_on(script, stopped, command, monkeypatch):
         betas, kls = points["charts/kl_coef"], points["losses/kl"]
         adapted = [script.adapt_kl_coef(beta, kl, 0.01) for beta, kl in zip(betas, kls)]
         assert betas == [1.0, *adapted[:-1]] != [1.0] * 5 and last["kl_coef"] == adapted[-1]
+        fixed = "--kl-mode", "fixed", "--kl-coef", 3.0, "--total-timesteps", 96
+        assert command(script, "--resume", "--run-name", "b", *fixed).status == 0
+        assert scalars(folders[1])["charts/kl_coef"][-1][1] == 3.0
 
 
 @over_scripts(SCRIPTS)
