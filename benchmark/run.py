@@ -107,7 +107,8 @@ STUDIES = (
             ("ppo_continuous.py", "LunarLander-v3", 3, "--total-timesteps 1000000 --gamma 0.995"),
         ],
         "atari": [
-            ("ppo_atari.py", f"{game}NoFrameskip-v4", 3, "") for game in ("Breakout", "Pong")
+            ("ppo_atari.py", f"{game}NoFrameskip-v4", 3, "")
+            for game in ("Breakout", "Pong", "BeamRider")
         ],
     }
     | {
