@@ -427,12 +427,12 @@ def details(folder: Path) -> list[str]:
         worth, low, high, gaps = found[detail]
         number, instead = DETAILS[detail].number, DETAILS[detail].instead
         each = [
-            f"{gaps[task]:.2f} ({len(runs[task][detail])})" if task in gaps else "–"
+            f"{gaps[task]:z.2f} ({len(runs[task][detail])})" if task in gaps else "–"
             for task in runs
         ]
-        cells = [f"{worth:.2f}", f"{low:.2f} to {high:.2f}", verdict(low, high), *each]
+        cells = [f"{worth:z.2f}", f"{low:.2f} to {high:.2f}", verdict(low, high), *each]
         rows.append(f"| {number} | {instead} | {' | '.join(cells)} |")
-    p = [f"{task}: p = {stats.f_oneway(*of.values()).pvalue:.2f}" for task, of in runs.items()]
+    p = [f"{task}: p = {stats.f_oneway(*of.values()).pvalue:.2g}" for task, of in runs.items()]
     rows += ["", f"Do the rows differ at all? Analysis of variance, {', '.join(p)}."]
     for arm in ["", *order]:
         for task, of in runs.items():
