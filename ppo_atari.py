@@ -186,11 +186,13 @@ def init(layer, gain=2**0.5):  # orthogonal weights and zero biases [37]
 
 def nature_cnn(observation_space, c=32):  # (M, 4, 84, 84) -> (M, 16c)
     """The convolutional network of [DQN], where c is 32."""
-    frames = observation_space.shape[0]
+    frames, *_ = observation_space.shape
     layers = [init(nn.Conv2d(frames, c, 8, stride=4)), nn.ReLU()]  # (M, c, 20, 20)
     layers += [init(nn.Conv2d(c, 2 * c, 4, stride=2)), nn.ReLU()]  # (M, 2c, 9, 9)
     layers += [init(nn.Conv2d(2 * c, 2 * c, 3)), nn.ReLU(), nn.Flatten()]  # (M, 2c * 7 * 7)
-    return nn.Sequential(*layers, init(nn.Linear(2 * c * 7 * 7, 16 * c)), nn.ReLU())
+    with torch.no_grad():  # so that pictures of other sizes fit as well
+        size = nn.Sequential(*layers)(torch.zeros(1, *observation_space.shape)).shape[1]
+    return nn.Sequential(*layers, init(nn.Linear(size, 16 * c)), nn.ReLU())
 
 
 class Agent(nn.Module):
