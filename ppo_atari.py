@@ -144,7 +144,7 @@ class Envs:
     Rewards become their sign, and a lost life is terminal to the learner; game and score go on.
     """
 
-    def __init__(self, args, seed):  # seed: [seed, step], so a resumed run plays others
+    def __init__(self, args, seed):  # seed: [seed, step]; a resumed run has other episodes
         n, cores = args.num_envs // WORLD_SIZE, (os.cpu_count() or 1) // WORLD_SIZE
         options = game_options(args.env_id) | {"num_threads": max(1, min(n, cores))}
         options |= {"autoreset_mode": "SameStep", "life_loss_info": True, "reward_clipping": False}
@@ -220,7 +220,7 @@ class Agent(nn.Module):
         return self(obs)[1]
 
     def forward(self, obs):  # uint8 (M, *obs) -> π(·|s), V(s) (M,)
-        # channels last is faster; not tried on mps
+        # channels last is faster on CPUs; not tried on mps
         layout = torch.contiguous_format if obs.device.type == "mps" else torch.channels_last
         x = ((obs.to(self.dtype) - self.background) / 255.0).contiguous(memory_format=layout)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):

@@ -150,7 +150,7 @@ def to_space(actions, space):  # (N, *act); clips for the environment, the learn
 
 
 class Envs:  # N environments stepped together; where one ends, it begins again in the same step
-    def __init__(self, args, seed):  # seed: [seed, step], so a resumed run plays others
+    def __init__(self, args, seed):  # seed: [seed, step]; a resumed run has other episodes
         with closing(make_env(args.env_id)) as env:  # its spec: workers may not know ids
             self.observation_space, self.action_space = env.observation_space, env.action_space
             self.bounded_space, spec = env.env.action_space, gym.spec(env.unwrapped.spec.id)
