@@ -82,6 +82,7 @@ class Args:
     clip_coef: NonNegativeFloat = 0.1  # ε, how far the probability ratio may move; 0.1 to 0.3
     clip_vloss: bool = True  # also clip the value, to ±ε around the old one
     ent_coef: NonNegativeFloat = 0.01  # weight of the entropy bonus; 0 to 0.01
+    anneal_ent: bool = False  # lower this weight linearly to 0, reached at half of the run
     vf_coef: NonNegativeFloat = 0.5  # weight of the value loss; 0.5 to 1
     max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this norm; 0.5 to 5
     target_kl: PositiveFloat | None = None  # an approx_kl above this ends the epochs; 0.01 to 0.05
@@ -310,7 +311,7 @@ def value_loss(value, old_value, returns, clip_coef):  # (M,); clip_coef None: w
     return 0.5 * error.mean()
 
 
-def minibatch_loss(agent, mb: Rollout, args):
+def minibatch_loss(agent, mb: Rollout, ent_coef, args):
     """[PPO] eq. 9, negated so that it is minimised, and what to log of it; all tensors (M, …)."""
     advantages = mb.advantages
     if args.norm_adv:
@@ -329,11 +330,11 @@ def minibatch_loss(agent, mb: Rollout, args):
         "losses/approx_kl": (ratio - 1.0 - logratio).mean(),  # "k3": never negative, less noise
         "losses/clipfrac": ((ratio - 1.0).abs() > args.clip_coef).float().mean(),
     }
-    return pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss, metrics
+    return pg_loss - ent_coef * entropy + args.vf_coef * v_loss, metrics
 
 
-def minibatch_gradient(agent, batch, rows, args):  # one vector, clipped; compiled by train
-    loss, metrics = minibatch_loss(agent, Rollout(*(x[rows] for x in batch)), args)
+def minibatch_gradient(agent, batch, rows, ent_coef, args):  # a vector, clipped; compiled by train
+    loss, metrics = minibatch_loss(agent, Rollout(*(x[rows] for x in batch)), ent_coef, args)
     trained = [p for p in agent.parameters() if p.requires_grad]  # in the order of the vector
     gradients = torch.autograd.grad(loss, trained, materialize_grads=True)  # 0 if unused
     gradient = all_mean(torch.cat([x.flatten() for x in gradients]))
@@ -342,15 +343,16 @@ def minibatch_gradient(agent, batch, rows, args):  # one vector, clipped; compil
     return gradient, {name: metric.detach() for name, metric in metrics.items()}
 
 
-def update(agent, optimizer, rollout: Rollout, args, get_gradient=minibatch_gradient):
+def update(agent, optimizer, rollout: Rollout, ent_coef, args, get_gradient=minibatch_gradient):
     """Learns from one rollout in epochs of minibatches; returns the means of what is logged."""
     agent.train()
     batch = Rollout(*(x.flatten(0, 1) for x in rollout))  # (B, …)
+    coef = torch.tensor(ent_coef, device=batch.obs.device)  # a float would be compiled in
     vector, history = optimizer.param_groups[0]["params"][0], []  # all weights: see make_optimizer
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch.obs)).to(batch.obs.device)
         for rows in order.chunk(args.num_minibatches):
-            vector.grad, metrics = get_gradient(agent, batch, rows, args)  # no backward()
+            vector.grad, metrics = get_gradient(agent, batch, rows, coef, args)  # no backward()
             optimizer.step()
             history.append(torch.stack(list(metrics.values())))  # a copy: CUDA graphs reuse outputs
         if args.target_kl is not None and all_mean(metrics["losses/approx_kl"]) > args.target_kl:
@@ -381,8 +383,9 @@ def train(args):
                 progress = envs.global_step / (args.num_iterations * args.batch_size)
                 lr = args.learning_rate * (1.0 - progress * args.anneal_lr)
                 optimizer.param_groups[0]["lr"] = lr
+                ent_coef = args.ent_coef * max(0.0, 1.0 - 2.0 * progress * args.anneal_ent)
                 rollout, obs = collect_rollout(agent, envs, obs, args, act)
-                metrics = update(agent, optimizer, rollout, args, get_gradient)
+                metrics = update(agent, optimizer, rollout, ent_coef, args, get_gradient)
                 run.end_iteration(metrics | {"charts/learning_rate": lr})
             run.save()
     say(f"return {run.mean_return:.2f}; tensorboard --logdir {run.folder}; --evaluate {run.folder}")

@@ -121,14 +121,14 @@ def learn(script, changes, half=None):
     half = script.RANK if script.WORLD_SIZE > 1 else half
     if half is not None:
         rollout = script.Rollout(*(x[:, 2 * half : 2 * half + 2] for x in rollout))
-    optimizer, beta = script.make_optimizer(agent, args), [1.0] * (script is KL)
+    optimizer, coef = script.make_optimizer(agent, args), [1.0] * (script in (KL, ppo_atari))
 
     def gradient(*inputs):
         vector, metrics = script.minibatch_gradient(*inputs)
         gradients.append(vector.numpy().copy())
         return vector, metrics
 
-    metrics = script.update(agent, optimizer, rollout, *beta, args, gradient)
+    metrics = script.update(agent, optimizer, rollout, *coef, args, gradient)
     metrics.pop("losses/explained_variance")  # of the process's own transitions
     found = {"gradient": gradients[0], "epochs": len(gradients)}
     return found | {"metrics": metrics, "agent": numpy(agent.state_dict())}

@@ -321,11 +321,11 @@ def test_minibatch_loss_is_that_of_the_paper(case, norm_adv, clip_vloss):
     args, agent = case.args(norm_adv=norm_adv, clip_vloss=clip_vloss, **weights), case.agent()
     rollout = case.rollout(agent, args)
     moved = {x: getattr(rollout, x) + torch.rand(8, 4) - 0.5 for x in ("logprobs", "values")}
-    beta = []
+    coef = [torch.tensor(0.3)] if case.script is ppo_atari else []
     if case.script is ppo_kl_penalty:  # old policies of other states
-        moved["old"], beta = rollout.old.roll(1, 0), [torch.tensor(0.6)]
+        moved["old"], coef = rollout.old.roll(1, 0), [torch.tensor(0.6)]
     mb = type(rollout)(*(x.flatten(0, 1) for x in rollout._replace(**moved)))
-    found, metrics = case.script.minibatch_loss(agent, mb, *beta, args)
+    found, metrics = case.script.minibatch_loss(agent, mb, *coef, args)
     expected, logged = reference_loss(case, agent, mb, args, 0.6)
     close((found, metrics), (expected, logged))
     assert 0.1 < logged.get("losses/clipfrac", 0.5) < 0.9
@@ -358,13 +358,13 @@ def test_update_is_adam_on_minibatches(case):
     """Over three rollouts; the normalisation learns after the networks, or π_old was another."""
     args = case.args(learning_rate=1e-3, max_grad_norm=1.8, ent_coef=0.1)
     script, agent = case.script, case.agent()
-    beta, slow, start = [0.5] * (script is ppo_kl_penalty), copy.deepcopy(agent), vector(agent)
-    optimizer, norms = script.make_optimizer(agent, args), []
+    coef, slow = {ppo_atari: [0.1], ppo_kl_penalty: [0.5]}.get(script, []), copy.deepcopy(agent)
+    optimizer, norms, start = script.make_optimizer(agent, args), [], vector(slow)
     adam = torch.optim.Adam(slow.parameters(), lr=1e-3, eps=1e-5)
     for seed in range(3):
         rollout, gradient = case.rollout(slow, args, seed), replayed(script.minibatch_gradient)
         torch.manual_seed(seed)
-        metrics = script.update(agent, optimizer, rollout, *beta, args, gradient)
+        metrics = script.update(agent, optimizer, rollout, *coef, args, gradient)
         torch.manual_seed(seed)
         expected = reference_update(case, slow, adam, rollout, args, 0.5, norms)
         assert metrics == pytest.approx(expected, rel=1e-3, abs=1e-4)
@@ -380,13 +380,13 @@ def test_update_is_adam_on_minibatches(case):
 @pytest.mark.parametrize("target_kl, epochs", [(None, 5), (0.5, 5), (0.025, 3), (0.005, 1)])
 def test_target_kl_leaves_out_the_remaining_epochs(case, target_kl, epochs):
     args, agent, calls = case.args(update_epochs=5, target_kl=target_kl), case.agent(), []
-    optimizer = case.script.make_optimizer(agent, args)
+    inputs = agent, case.script.make_optimizer(agent, args), case.rollout(agent, args)
 
     def gradient(agent, *inputs):
         calls.append(0.01 * (1 + len(calls) // 4))  # 0.02 in the second epoch, and so on
         return torch.zeros_like(vector(agent)), {"losses/approx_kl": torch.tensor(calls[-1])}
 
-    metrics = case.script.update(agent, optimizer, case.rollout(agent, args), args, gradient)
+    metrics = case.script.update(*inputs, *[0.0] * (case.script is ppo_atari), args, gradient)
     assert len(calls) == 4 * epochs
     assert metrics["losses/approx_kl"] == pytest.approx(0.01 * (1 + epochs) / 2)
 
@@ -412,10 +412,10 @@ def test_training_over_the_iterations(case, constant, monkeypatch, here):
     """What is annealed and adapted, and that each rollout goes on where the last one ended."""
     made, seen, rates, coefs, logged = [], [], [], [], []
 
-    def update(agent, optimizer, rollout, kl_coef, *_):
+    def update(agent, optimizer, rollout, coef, *_):
         seen.append(rollout.obs)
         rates.append(optimizer.param_groups[0]["lr"])
-        coefs.append(kl_coef)
+        coefs.append(coef)
         return {"losses/kl": [0.1, 0.1, 0.001, 0.01][len(rates) - 1]}  # d_targ is 0.01
 
     def end_iteration(run, metrics):
@@ -427,10 +427,11 @@ def test_training_over_the_iterations(case, constant, monkeypatch, here):
     monkeypatch.setattr(case.script.Run, "end_iteration", end_iteration)
     changes = {"kl_mode": "fixed" if constant else "adaptive", "kl_coef": 3.0, "run_name": "run"}
     changes |= {"learning_rate": 8.0, "total_timesteps": 4 * 32 + 31}  # 4 iterations and a rest
-    case.script.train(case.args(anneal_lr=not constant, **changes))
+    case.script.train(case.args(anneal_lr=not constant, anneal_ent=not constant, **changes))
     assert rates == logged == ([8.0] * 4 if constant else [8.0, 6.0, 4.0, 2.0])
-    if case.script is ppo_kl_penalty:
-        assert coefs == ([3.0] * 4 if constant else [3.0, 6.0, 12.0, 6.0])
+    wanted = {ppo_atari: [0.01, 0.005, 0.0, 0.0], ppo_kl_penalty: [3.0, 6.0, 12.0, 6.0]}
+    if wanted := wanted.get(case.script):
+        assert coefs == (wanted[:1] * 4 if constant else wanted)
     assert torch.equal(torch.cat(seen), torch.from_numpy(np.stack(made[0].shown[:-1])))
 
 
