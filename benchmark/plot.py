@@ -205,8 +205,9 @@ def pong(folder: Path) -> list[str]:
         "| | mean return at the end | reached 19.5 after, in millions of steps |",
         "|---|---|---|",
     ]
-    for how in ("solved", "bf16", "fp32", "fp32-eager"):
-        name = "recipe" if how == "solved" else f"earlier one, {how.replace('-', ', ')}"
+    names = {"solved": "recipe", "anneal-ent": "with `--ent-coef 0.003 --anneal-ent`"}
+    for how in ("solved", "anneal-ent", "bf16", "fp32", "fp32-eager"):
+        name = names.get(how, f"earlier one, {how.replace('-', ', ')}")
         runs = sum(load(folder / how).values(), [])
         solved = [next((step for step, mean in run["curve"] if mean >= 19.5), None) for run in runs]
         steps = ", ".join(f"{step / 1e6:.2f}" if step else "never" for step in solved)

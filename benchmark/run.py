@@ -73,6 +73,7 @@ PONG_SOLVED = (
     " --num-minibatches 8 --update-epochs 8 --target-kl 0.015 --learning-rate 1e-3 --gamma 0.98"
     " --gae-lambda 0.9 --ent-coef 0.001 --no-norm-adv --no-clip-vloss"
 )
+PONG_ANNEALED = PONG_SOLVED.replace("--ent-coef 0.001", "--ent-coef 0.003 --anneal-ent")
 PONG_RECIPE = "--num-envs 16 --learning-rate 5e-4 --num-minibatches 16 --no-clip-vloss"
 
 # study: (script, environment, number of seeds, flags, and processes of torchrun if several)
@@ -142,6 +143,7 @@ STUDIES = (
     }
     | {
         "pong/solved": [("ppo_atari.py", "PongNoFrameskip-v4", 5, PONG_SOLVED)],
+        "pong/anneal-ent": [("ppo_atari.py", "PongNoFrameskip-v4", 5, PONG_ANNEALED)],
     }
     | {
         f"pong/{name}": [
