@@ -82,7 +82,7 @@ class Args:
     clip_coef: NonNegativeFloat = 0.1  # ε, how far the probability ratio may move; 0.1 to 0.3
     clip_vloss: bool = True  # also clip the value, to ±ε around the old one
     ent_coef: NonNegativeFloat = 0.01  # weight of the entropy bonus; 0 to 0.01
-    anneal_ent: bool = False  # lower this weight linearly to 0, reached at half of the run
+    anneal_ent: bool = False  # lower the entropy bonus linearly to 0, reached at half of the run
     vf_coef: NonNegativeFloat = 0.5  # weight of the value loss; 0.5 to 1
     max_grad_norm: PositiveFloat = 0.5  # longer gradients are scaled down to this norm; 0.5 to 5
     target_kl: PositiveFloat | None = None  # an approx_kl above this ends the epochs; 0.01 to 0.05
